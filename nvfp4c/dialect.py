@@ -1,0 +1,263 @@
+"""The `nvfp4::` operations, and what passes write on graph nodes: the contract between passes and code generation.
+
+Every operation is functional, and *is* its reference function in `nvfp4c.numerics`; so a graph at any stage can be
+interpreted on any device. Tensors are [M, K] or [B, M, K], quantised along their last axis, which is always the
+contraction axis of the product they feed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import Target
+
+from nvfp4c import numerics, philox
+from nvfp4c.formats import block_count, padded
+
+LIBRARY = torch.library.Library("nvfp4", "DEF")
+
+
+class Stage(Enum):
+    """How far a graph has come; each pass takes one step."""
+
+    AOT = 0
+    CLASSIFIED = 1
+    ASSIGNED = 2
+    ROTATED = 3
+    SCALED = 4
+    FUSED = 5
+    LOWERED = 6
+
+
+class Role(str, Enum):
+    """What a matmul computes for its layer: y = x W^T, dx = dy W, or dW = dy^T x."""
+
+    FPROP = "fprop"
+    DGRAD = "dgrad"
+    WGRAD = "wgrad"
+
+
+class Operand(str, Enum):
+    """What an operand of a matmul is to its layer."""
+
+    INPUT = "x"
+    WEIGHT = "w"
+    GRADIENT = "dy"
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """Written by `classify` on each matmul node under `MATMUL`.
+
+    operands: what the left and the right argument are. obstacle: why it can only stay as it is, or None.
+    """
+
+    site: str
+    role: Role
+    operands: tuple[Operand, Operand]
+    obstacle: str | None = None
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How one operand is quantised. signs: rotate with these signs first, or None."""
+
+    block: tuple[int, int]
+    rounding: str
+    signs: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Written by `assign` on each classified node under `ASSIGNMENT`.
+
+    left, right: how each operand is quantised, None to leave it as it is; both None is bf16. reason: for bf16, why.
+    """
+
+    left: Quantization | None
+    right: Quantization | None
+    reason: str
+
+    @property
+    def precision(self) -> str:
+        return "bf16" if self.left is None and self.right is None else "nvfp4"
+
+
+MATMUL = "nvfp4_matmul"
+ASSIGNMENT = "nvfp4_assignment"
+
+
+def hadamard(x: Tensor, signs: Sequence[int]) -> Tensor:
+    return numerics.rotate(x, signs)
+
+
+def amax(x: Tensor, signs: Sequence[int] | None = None) -> Tensor:
+    return numerics.tensor_amax(x if signs is None else numerics.rotate(x, signs))
+
+
+def quantize_values(
+    x: Tensor,
+    amax: Tensor,
+    block: Sequence[int],
+    rounding: str,
+    signs: Sequence[int] | None = None,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`quantize` with unpacked codes: uint8 [..., M, ceil16(K)]."""
+    if signs is not None:
+        x = numerics.rotate(x, signs)
+    bits = None
+    if rounding == "stochastic":
+        assert seed is not None, "stochastic rounding needs a seed"
+        blocks = math.prod(x.shape[:-1]) * block_count(x.shape[-1])
+        bits = philox.random_bytes(seed, stream, blocks).reshape(*x.shape[:-1], padded(x.shape[-1]))
+    return numerics.block_codes(x, amax, (block[0], block[1]), bits)
+
+
+def quantize(
+    x: Tensor,
+    amax: Tensor,
+    block: Sequence[int],
+    rounding: str,
+    signs: Sequence[int] | None = None,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor]:
+    codes, scales = quantize_values(x, amax, block, rounding, signs, seed, stream)
+    return numerics.pack(codes), scales
+
+
+def transpose(codes: Tensor, scales: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return numerics.tile_transpose(codes, scales, k)
+
+
+def dequantize(codes: Tensor, scales: Tensor, amax: Tensor | None, k: int, dtype: torch.dtype) -> Tensor:
+    values = numerics.block_values(numerics.unpack(codes), scales)
+    if amax is not None:
+        values = values * (amax / numerics.GLOBAL_MAX)
+    return values.narrow(-1, 0, k).to(dtype)
+
+
+def scaled_mm(
+    a_codes: Tensor,
+    a_scales: Tensor,
+    a_amax: Tensor,
+    b_codes: Tensor,
+    b_scales: Tensor,
+    b_amax: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    a = numerics.block_values(numerics.unpack(a_codes), a_scales)
+    b = numerics.block_values(numerics.unpack(b_codes), b_scales)
+    return scale_product(torch.matmul(a, b.transpose(-1, -2)), a_amax, b_amax, bias, out_dtype)
+
+
+def scale_product(
+    product: Tensor, a_amax: Tensor, b_amax: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """The epilogue of every scaled matmul: the global factor, then the bias, in FP32, then one rounding."""
+    product = product.float() * numerics.global_factor(a_amax, b_amax)
+    if bias is not None:
+        product = product + bias.float()
+    return product.to(out_dtype)
+
+
+def _packed_like(x: Tensor, rows: int, k: int) -> tuple[Tensor, Tensor]:
+    lead = x.shape[:-2]
+    codes = x.new_empty((*lead, rows, padded(k) // 2), dtype=torch.uint8)
+    return codes, x.new_empty((*lead, rows, block_count(k)), dtype=torch.float8_e4m3fn)
+
+
+def _fake_hadamard(x: Tensor, signs: Sequence[int]) -> Tensor:
+    return x.new_empty((*x.shape[:-1], padded(x.shape[-1])), dtype=torch.bfloat16)
+
+
+def _fake_amax(x: Tensor, signs: Sequence[int] | None = None) -> Tensor:
+    return x.new_empty((), dtype=torch.float32)
+
+
+def _fake_quantize(x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    return _packed_like(x, x.shape[-2], x.shape[-1])
+
+
+def _fake_transpose(codes: Tensor, scales: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return _packed_like(codes, k, codes.shape[-2])
+
+
+def _fake_dequantize(codes: Tensor, scales: Tensor, amax: Tensor | None, k: int, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], k), dtype=dtype)
+
+
+def _fake_scaled_mm(
+    a_codes: Tensor,
+    a_scales: Tensor,
+    a_amax: Tensor,
+    b_codes: Tensor,
+    b_scales: Tensor,
+    b_amax: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return a_codes.new_empty((*a_codes.shape[:-1], b_codes.shape[-2]), dtype=out_dtype)
+
+
+_QUANTIZE_ARGUMENTS = (
+    "Tensor x, Tensor amax, int[] block, str rounding, int[]? signs=None, Tensor? seed=None, int stream=0"
+)
+_OPERATIONS = (
+    ("hadamard(Tensor x, int[] signs) -> Tensor", hadamard, _fake_hadamard),
+    ("amax(Tensor x, int[]? signs=None) -> Tensor", amax, _fake_amax),
+    (f"quantize({_QUANTIZE_ARGUMENTS}) -> (Tensor, Tensor)", quantize, _fake_quantize),
+    ("transpose(Tensor codes, Tensor scales, SymInt k) -> (Tensor, Tensor)", transpose, _fake_transpose),
+    (
+        "dequantize(Tensor codes, Tensor scales, Tensor? amax, SymInt k, ScalarType dtype) -> Tensor",
+        dequantize,
+        _fake_dequantize,
+    ),
+    (
+        "scaled_mm(Tensor a_codes, Tensor a_scales, Tensor a_amax, Tensor b_codes, Tensor b_scales, Tensor b_amax, "
+        "Tensor? bias, ScalarType out_dtype) -> Tensor",
+        scaled_mm,
+        _fake_scaled_mm,
+    ),
+)
+
+for _schema, _reference, _fake in _OPERATIONS:
+    _name = _schema.split("(", 1)[0]
+    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"nvfp4::{_name}", _fake, lib=LIBRARY)
+
+HADAMARD = torch.ops.nvfp4.hadamard.default
+AMAX = torch.ops.nvfp4.amax.default
+QUANTIZE = torch.ops.nvfp4.quantize.default
+TRANSPOSE = torch.ops.nvfp4.transpose.default
+DEQUANTIZE = torch.ops.nvfp4.dequantize.default
+SCALED_MM = torch.ops.nvfp4.scaled_mm.default
+
+OPERATIONS: frozenset[Target] = frozenset({HADAMARD, AMAX, QUANTIZE, TRANSPOSE, DEQUANTIZE, SCALED_MM})
+
+
+def is_dialect(node: fx.Node) -> bool:
+    """Whether a node is one of the `nvfp4::` operations."""
+    return node.op == "call_function" and node.target in OPERATIONS
+
+
+def matmul_of(node: fx.Node) -> Matmul | None:
+    """What `classify` found out about a node."""
+    found = node.meta.get(MATMUL)
+    return found if isinstance(found, Matmul) else None
+
+
+def assignment_of(node: fx.Node) -> Assignment | None:
+    """What `assign` decided for a node."""
+    found = node.meta.get(ASSIGNMENT)
+    return found if isinstance(found, Assignment) else None
+
