@@ -8,7 +8,7 @@ contraction axis of the product they feed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -261,3 +261,26 @@ def assignment_of(node: fx.Node) -> Assignment | None:
     found = node.meta.get(ASSIGNMENT)
     return found if isinstance(found, Assignment) else None
 
+
+
+@dataclass(frozen=True)
+class KernelTable:
+    """What `lower` puts in place of the operations on one target.
+
+    Each entry is a function of tensors that `make_fx` can trace: plain aten, or a call of an operation of the
+    target's own. Arguments are those of the dialect operation of the same name. `operand` is quantize followed by
+    dequantize without the global factor, for an operand whose packed form nobody needs; None where there is none.
+    `dequantize` returns code * scale in `operand_dtype` (exact in BF16), without the global factor. `product`
+    multiplies two dequantised operands [.., M, K] and [.., N, K] and returns float32 [.., M, N].
+    names: what `explain` calls each entry.
+    """
+
+    target: str
+    operand_dtype: torch.dtype
+    hadamard: Callable[[Tensor, Sequence[int]], Tensor]
+    amax: Callable[..., Tensor]
+    quantize: Callable[..., tuple[Tensor, Tensor]]
+    dequantize: Callable[[Tensor, Tensor, int], Tensor]
+    product: Callable[[Tensor, Tensor], Tensor]
+    operand: Callable[..., Tensor] | None
+    names: Mapping[str, str]
