@@ -150,7 +150,9 @@ def tile_transpose(codes: Tensor, scales: Tensor, k: int | torch.SymInt) -> tupl
     transposed = pad_last(unpack(codes).narrow(-1, 0, k).transpose(-1, -2))
     tiles = scales.view(torch.uint8)[..., ::BLOCK, :].transpose(-1, -2)
     repeated = tiles.unsqueeze(-2).expand(*tiles.shape[:-1], BLOCK, block_count(rows)).flatten(-3, -2)
-    return pack(transposed), repeated.narrow(-2, 0, k).contiguous().view(torch.float8_e4m3fn)
+    # clone, for `contiguous` hands the input's own memory on when k is 1 or the matrix is empty.
+    own = repeated.narrow(-2, 0, k).clone(memory_format=torch.contiguous_format)
+    return pack(transposed), own.view(torch.float8_e4m3fn)
 
 
 def block_values(codes: Tensor, scales: Tensor) -> Tensor:
