@@ -229,10 +229,21 @@ _OPERATIONS = (
     ),
 )
 
+
+def _contiguous(reference: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[..., object]:
+    """The reference with contiguous results, as the fakes promise: a transposed operand would give others."""
+
+    def implementation(*args: object, **kwargs: object) -> object:
+        found = reference(*args, **kwargs)
+        return found.contiguous() if isinstance(found, Tensor) else tuple(part.contiguous() for part in found)
+
+    return implementation
+
+
 for _schema, _reference, _fake in _OPERATIONS:
     _name = _schema.split("(", 1)[0]
     LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
-    LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, _contiguous(_reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"nvfp4::{_name}", _fake, lib=LIBRARY)
 
 HADAMARD = torch.ops.nvfp4.hadamard.default
