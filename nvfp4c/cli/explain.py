@@ -1,0 +1,44 @@
+"""`nvfp4c explain`: what becomes of every matmul of a model, and why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def explain(
+    task: Annotated[
+        str,
+        typer.Argument(
+            help="FILE.py:callable or package.module:callable. The callable returns (model, batches, loss), "
+            "or (model, args) for a forward pass alone."
+        ),
+    ],
+    recipe: Annotated[str | None, typer.Option(help="What is quantised and how, by name.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A JSON file that says which layers stay in BF16.")] = None,
+    target: Annotated[str, typer.Option(help="The device to compile for: auto, cpu, sm_90, ...")] = "auto",
+    every: Annotated[bool, typer.Option("--all", help="List every layer, instead of equal ones together.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every layer.")] = False,
+) -> None:
+    """Say which matmuls of a model run in NVFP4, in what way, and why the others do not."""
+    from nvfp4c.cli.tables import sites_table
+    from nvfp4c.explanation import explain as explain_model
+    from nvfp4c.grouping import totals
+    from nvfp4c.tasks import load_task
+
+    loaded = load_task(task)
+    explanation = explain_model(
+        loaded.model, *loaded.example(), loss=loaded.loss, recipe=recipe, plan=plan, target=target
+    )
+    if as_json:
+        print(json.dumps(explanation.to_json(), indent=2))
+        return
+    console = Console()
+    console.print(sites_table(explanation.rows, every))
+    graphs = "1 graph" if explanation.graphs == 1 else f"{explanation.graphs} graphs"
+    console.print(f"Recipe {explanation.recipe}, target {explanation.target}, {graphs}.", highlight=False)
+    console.print(totals(explanation), highlight=False)

@@ -1,0 +1,48 @@
+"""Tables that several commands print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from nvfp4c.explanation import Row
+from nvfp4c.grouping import Line, group, single
+
+COLOURS = {"nvfp4": "green", "bf16": "yellow"}
+
+
+def sites_table(rows: Sequence[Row], every: bool) -> Group:
+    """A heading for each site and a line for each of its roles; equal sites share one, unless `every` is asked for."""
+    lines = single(rows) if every else group(rows)
+    size_width = max((len(_size(line)) for line in lines), default=0)
+    parts: list[RenderableType] = []
+    for site, members in groupby(lines, key=lambda line: line.row.site):
+        parts += [Text(site, style="bold"), _roles(list(members), size_width)]
+    return Group(*parts)
+
+
+def _roles(lines: Sequence[Line], size_width: int) -> RenderableType:
+    table = Table(box=None, show_header=False, pad_edge=False, expand=True)
+    table.add_column(width=5)
+    table.add_column(width=size_width, justify="right", no_wrap=True)
+    table.add_column(width=6, justify="right")
+    table.add_column(width=5)
+    table.add_column(ratio=1, overflow="fold")
+    for line in lines:
+        row = line.row
+        how = row.reason or f"{', '.join(filter(None, (row.left, row.right)))}; {row.kernel}"
+        precision = Text(row.precision, style=COLOURS.get(row.precision, ""))
+        table.add_row(row.role, _size(line), f"{row.share:.1%}", precision, escape(how))
+    return Padding(table, (0, 0, 0, 2))
+
+
+def _size(line: Line) -> str:
+    """M x N x K of the product, and how many there are."""
+    size = f"{line.row.m} x {line.row.n} x {line.row.k}"
+    return size if line.count == 1 else f"{line.count} of {size}"
