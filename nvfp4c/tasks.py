@@ -113,7 +113,7 @@ def _callable_in(module: ModuleType, attribute: str, place: str) -> Callable[[],
     function = getattr(module, attribute)
     if not callable(function):
         raise TaskError(
-            f"{place}:{attribute} is a {_kind(function)}, not a callable; write a function that returns {FORMS}"
+            f"{place}:{attribute} is {_one(function)}, not a callable; write a function that returns {FORMS}"
         )
     return function
 
@@ -131,17 +131,17 @@ def _checked(name: str, result: Any) -> Task:
         raise TaskError(f"{name} returned {_describe(result)}; it must return {FORMS}")
     model = result[0]
     if not isinstance(model, nn.Module):
-        raise TaskError(f"{name} returned a {_kind(model)} as the model; it must be a torch.nn.Module")
+        raise TaskError(f"{name} returned {_one(model)} as the model; it must be a torch.nn.Module")
     if len(result) == 2:
         return Task(name, model, args=_checked_args(name, result[1]))
     _, batches, loss = result
     if not callable(loss):
-        raise TaskError(f"{name} returned a {_kind(loss)} as the loss; it must be a function loss(model, batch)")
+        raise TaskError(f"{name} returned {_one(loss)} as the loss; it must be a function loss(model, batch)")
     if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
-        raise TaskError(f"{name} returned a {_kind(batches)} as the batches; it must be a list or another iterable")
+        raise TaskError(f"{name} returned {_one(batches)} as the batches; it must be a list or another iterable")
     if iter(batches) is batches:
         raise TaskError(
-            f"{name} returned batches (a {_kind(batches)}) that can be iterated only once; return a list, a "
+            f"{name} returned batches ({_one(batches)}) that can be iterated only once; return a list, a "
             "DataLoader, or an object whose __iter__ starts afresh"
         )
     return Task(name, model, batches=batches, loss=_scalar(name, loss))
@@ -152,7 +152,7 @@ def _checked_args(name: str, args: Any) -> tuple[Any, ...]:
         return (args,)
     if not isinstance(args, (tuple, list)):
         raise TaskError(
-            f"{name} returned a {_kind(args)} as the arguments; it must return (model, args), where args is a tuple "
+            f"{name} returned {_one(args)} as the arguments; it must return (model, args), where args is a tuple "
             "of what the model is called with"
         )
     return tuple(args)
@@ -179,10 +179,16 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
+def _one(value: Any) -> str:
+    """The kind with its article: a list, an int."""
+    kind = _kind(value)
+    return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
+
+
 def _describe(value: Any) -> str:
     if isinstance(value, (tuple, list)):
-        return f"a {_kind(value)} of {len(value)} ({', '.join(map(_kind, value))})"
-    return "nothing (None)" if value is None else f"a {_kind(value)}"
+        return f"{_one(value)} of {len(value)} ({', '.join(map(_kind, value))})"
+    return "nothing (None)" if value is None else _one(value)
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,0 +1,146 @@
+"""Train the quickstart's GPT under several recipes and seeds, and write one JSON file and one Markdown table.
+
+python examples/ablate_recipe.py --seeds 0 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from nvfp4c import recipe
+from nvfp4c.files import write_text
+from nvfp4c.quickstart import data, environment
+from nvfp4c.quickstart.compare import run_to_dict
+from nvfp4c.quickstart.model import size_named
+from nvfp4c.quickstart.report import prepared, to_json
+from nvfp4c.quickstart.train import Progress, Run, Settings, choose_device, train
+
+BASE = "bf16"
+NVFP4 = recipe.get("nvfp4")
+VARIANTS: dict[str, recipe.Recipe | None] = {
+    BASE: None,
+    "nvfp4": NVFP4,
+    "nvfp4-all": recipe.get("nvfp4-all"),
+    "no RHT": replace(NVFP4, rotate=()),
+    "no SR": replace(NVFP4, gradient_rounding="nearest"),
+    "1D weights": replace(NVFP4, weight_block=(1, 16)),
+}
+"""None is Inductor alone: BF16 autocast on a GPU, FP32 on a CPU."""
+
+
+def main() -> None:
+    """Run every variant with every seed; results so far are on disk after each run."""
+    arguments = parse()
+    device = choose_device(arguments.device)
+    size = size_named(arguments.model_size or {"cpu": "small", "cuda": "large"}[device])
+    settings = Settings(size, arguments.steps or size.steps, 0, device)
+    folder = prepared(arguments.out)
+    corpus = data.load(arguments.data, minimum=settings.minimum_bytes)
+    about = {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": commit(),
+        **environment.describe(device),
+        "text": f"{corpus.source}, {corpus.files} files, {len(corpus.train):,} + {len(corpus.validation):,} bytes",
+    }
+    runs: dict[str, dict[int, Run]] = {name: {} for name in arguments.variants}
+    for seed in arguments.seeds:
+        for name in arguments.variants:
+            chosen = VARIANTS[name]
+            backend, options = ("inductor", None) if chosen is None else ("nvfp4", {"recipe": chosen})
+            runs[name][seed] = train(replace(settings, seed=seed), corpus, backend, options, watcher(name, seed))
+            save(folder, settings, about, runs)
+
+
+def parse() -> argparse.Namespace:
+    """The command line; see `--help`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--steps", type=int, help="training steps of each run; the size's by default")
+    parser.add_argument("--model-size", help="tiny, small, medium or large")
+    parser.add_argument("--data", type=Path, help="a folder of text; the Python standard library by default")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    return parser.parse_args()
+
+
+def watcher(name: str, seed: int) -> Any:
+    """Prints a line at each validation."""
+
+    def watch(progress: Progress) -> None:
+        if progress.stage != "train":
+            speed = f"{progress.tokens_per_second:,.0f} tokens/s"
+            print(f"{name}, seed {seed}: {progress.stage}, step {progress.step}, loss {progress.loss:.4f}, {speed}")
+
+    return watch
+
+
+def commit() -> str:
+    """The commit of this checkout, marked when files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() if found.returncode == 0 else "not in a git checkout"
+
+
+def save(folder: Path, settings: Settings, about: dict[str, str], runs: Mapping[str, Mapping[int, Run]]) -> None:
+    """Write everything known so far, as JSON with every number and as a table for people."""
+    name = f"recipe-ablation-{settings.device}-{settings.size.name}"
+    recipes = {name: chosen.to_dict() for name, chosen in VARIANTS.items() if chosen is not None and name in runs}
+    results = {
+        "about": about,
+        "settings": {key: value for key, value in asdict(settings).items() if key != "seed"},
+        "recipes": recipes,
+        "runs": {name: {str(seed): run_to_dict(run) for seed, run in seeds.items()} for name, seeds in runs.items()},
+    }
+    write_text(folder / f"{name}.json", to_json(results))
+    write_text(folder / f"{name}.md", markdown(settings, about, runs))
+
+
+def markdown(settings: Settings, about: dict[str, str], runs: Mapping[str, Mapping[int, Run]]) -> str:
+    """The table, under the facts that are needed to make it again."""
+    size = settings.size
+    seeds = sorted({seed for of_seed in runs.values() for seed in of_seed})
+    columns = [
+        "variant",
+        *(f"held-out loss, seed {seed}" for seed in seeds),
+        "mean gap",
+        "tokens/s",
+        "peak memory (GiB)",
+    ]
+    lines = [
+        f"# Recipes compared: {size.name} GPT, {settings.steps} steps",
+        "",
+        f"{size.layers} layers, width {size.width}, {size.batch} x {size.sequence} tokens a step. Losses are in nats a "
+        f"byte; the gap is relative to {BASE} ({settings.high_precision}) of the same seed. Tokens/s leave compilation "
+        "and validation out.",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"| --- {'| ---: ' * (len(columns) - 1)}|",
+        *(f"| {' | '.join(cells(name, seeds, runs))} |" for name in runs if runs[name]),
+        "",
+        *(f"- {key}: `{value}`" for key, value in about.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def cells(name: str, seeds: list[int], runs: Mapping[str, Mapping[int, Run]]) -> list[str]:
+    """One line of the table."""
+    own, base = runs[name], runs.get(BASE, {})
+    gaps = [own[seed].final_validation_loss / base[seed].final_validation_loss - 1 for seed in own if seed in base]
+    speeds = statistics.fmean(run.tokens_per_second for run in own.values())
+    memory = max((run.peak_memory_bytes or 0) for run in own.values())
+    losses = [f"{own[seed].final_validation_loss:.4f}" if seed in own else "" for seed in seeds]
+    mean_gap = f"{statistics.fmean(gaps):+.2%}" if gaps and name != BASE else ""
+    return [name, *losses, mean_gap, f"{speeds:,.0f}", f"{memory / 2**30:.2f}" if memory else ""]
+
+
+if __name__ == "__main__":
+    main()
