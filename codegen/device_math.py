@@ -40,13 +40,14 @@ def bits_float(bits):
 
 
 @triton.jit
+def _widen_bfloat16(x):
+    return bits_float(x.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
 def to_float32(x):
     """float32 of a float32, bfloat16 or float16 x."""
-    if x.dtype == tl.bfloat16:
-        wide = bits_float(x.to(tl.int16, bitcast=True).to(tl.int32) << 16)
-    else:
-        wide = x.to(tl.float32)
-    return wide
+    return _widen_bfloat16(x) if x.dtype == tl.bfloat16 else x.to(tl.float32)
 
 
 @triton.jit
@@ -164,7 +165,7 @@ def random_bytes(seed, block, stream):
 
 @triton.jit
 def pack_words(codes):
-    """int32 [R, B, 2] of codes [R, B, 16]: 8 codes a word, the first in the lowest bits, as `numerics.pack` has them."""
+    """int32 [R, B, 2] of codes [R, B, 16]: 8 codes a word, the first in the lowest bits, as in `numerics.pack`."""
     placed = tl.reshape(codes, [codes.shape[0], codes.shape[1], 2, 8]) << (4 * tl.arange(0, 8))
     return tl.sum(placed, 3)
 

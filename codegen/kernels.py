@@ -63,9 +63,8 @@ def load_elements(
         element = FROM + tl.arange(0, WIDTH).to(tl.int64)[None, None, :]
         found = tl.load(first + element * column_stride, mask=inside & (column + element < columns), other=0.0)
     else:
-        HALF: tl.constexpr = COUNT // 2
-        low = load_elements(first, inside, column, columns, column_stride, FROM, HALF, WIDTH)
-        high = load_elements(first, inside, column, columns, column_stride, FROM + HALF, HALF, WIDTH)
+        low = load_elements(first, inside, column, columns, column_stride, FROM, COUNT // 2, WIDTH)
+        high = load_elements(first, inside, column, columns, column_stride, FROM + COUNT // 2, COUNT // 2, WIDTH)
         found = tl.permute(tl.join(low, high), [0, 1, 3, 2])
         found = tl.reshape(found, [low.shape[0], low.shape[1], COUNT])
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -24,86 +25,75 @@ DISPATCH_KEYS = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
 
 CODES_PER_WORD = 8
 LOAD_BYTES = 16
-"""What one thread loads at once."""
+"""The most that one thread loads at once."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program handles: rows, blocks of 16 columns, elements of a block in one load, and by how many warps."""
+    """What one program handles: rows, blocks of 16 columns, and the warps it has for them."""
 
     rows: int
     blocks: int
-    width: int
     warps: int
 
 
-def tile_of(x: Tensor) -> Tile:
-    """A tile that is contiguous in memory along x's contiguous axis: 512 bytes of a row, or 64 rows of a column.
+ROW_TILE = Tile(rows=16, blocks=16, warps=4)
+"""For rows that are contiguous in memory: 512 bytes of each in BF16."""
 
-    Eight blocks a row are 64 bytes of codes, so both shapes fill the 32-byte sectors that they write.
-    """
-    if x.stride(-1) == 1:
-        return Tile(rows=16, blocks=16, width=LOAD_BYTES // max(x.element_size(), 2), warps=4)
-    return Tile(rows=64, blocks=8, width=1, warps=8)
+COLUMN_TILE = Tile(rows=64, blocks=8, warps=8)
+"""For columns that are: 128 bytes of each in BF16, and still 64 bytes of codes a row, two whole sectors."""
 
 
-DEQUANTIZE_TILE = Tile(rows=16, blocks=16, width=CODES_PER_WORD, warps=4)
+def _grid(shape: Sequence[int], tile: Tile) -> tuple[int]:
+    """The number of programs for a batch of matrices [B, M, K]."""
+    return (shape[0] * triton.cdiv(shape[1], tile.rows) * triton.cdiv(block_count(shape[2]), tile.blocks),)
 
 
-def grid_of(batch: int, rows: int, columns: int, tile: Tile) -> tuple[int]:
-    """The number of programs for a batch of matrices."""
-    return (batch * triton.cdiv(rows, tile.rows) * triton.cdiv(block_count(columns), tile.blocks),)
-
-
-def matrices(x: Tensor) -> Tensor:
-    """x [M, K] or [B, M, K] as [B, M, K]."""
+def _as_batch(x: Tensor) -> Tensor:
+    """[M, K] or [B, M, K] as [B, M, K]."""
     return x if x.dim() == 3 else x.unsqueeze(0)
 
 
-def sign_mask(signs: Sequence[int] | None) -> int:
-    """Bit e is set where element e of a block changes its sign."""
-    return sum(1 << place for place, sign in enumerate(signs or ()) if sign < 0)
-
-
-def amax(x: Tensor, signs: Sequence[int] | None = None) -> Tensor:
-    x, tile = matrices(x), tile_of(x)
-    bits = x.new_zeros((), dtype=torch.int32)
+def _launch(
+    kernel: Any,
+    x: Tensor,
+    others: Sequence[Tensor | None],
+    signs: Sequence[int] | None,
+    *numbers: int,
+    **constants: bool,
+) -> None:
+    """Start a kernel that reads x through its strides. others, numbers, constants: its arguments in each such place."""
+    x = _as_batch(x)
+    along_rows = x.stride(-1) == 1
+    tile = ROW_TILE if along_rows else COLUMN_TILE
+    negative = sum(1 << place for place, sign in enumerate(signs or ()) if sign < 0)
     with torch.cuda.device_of(x):
-        kernels.amax_kernel[grid_of(*x.shape, tile)](
+        kernel[_grid(x.shape, tile)](
             x,
-            bits,
-            x.shape[1],
-            x.shape[2],
+            *others,
+            *x.shape[1:],
             *x.stride(),
-            sign_mask(signs),
-            ROTATED=signs is not None,
+            negative,
+            *numbers,
+            **constants,
             ROWS=tile.rows,
             BLOCKS=tile.blocks,
-            WIDTH=tile.width,
+            WIDTH=LOAD_BYTES // x.element_size() if along_rows else 1,
             num_warps=tile.warps,
             enable_fp_fusion=False,
         )
-    return bits.view(torch.float32)
 
 
 def hadamard(x: Tensor, signs: Sequence[int]) -> Tensor:
     rotated = x.new_empty((*x.shape[:-1], padded(x.shape[-1])), dtype=torch.bfloat16)
-    x, tile = matrices(x), tile_of(x)
-    with torch.cuda.device_of(x):
-        kernels.hadamard_kernel[grid_of(*x.shape, tile)](
-            x,
-            rotated,
-            x.shape[1],
-            x.shape[2],
-            *x.stride(),
-            sign_mask(signs),
-            ROWS=tile.rows,
-            BLOCKS=tile.blocks,
-            WIDTH=tile.width,
-            num_warps=tile.warps,
-            enable_fp_fusion=False,
-        )
+    _launch(kernels.hadamard_kernel, x, (rotated,), signs)
     return rotated
+
+
+def amax(x: Tensor, signs: Sequence[int] | None = None) -> Tensor:
+    bits = x.new_zeros((), dtype=torch.int32)
+    _launch(kernels.amax_kernel, x, (bits,), signs, ROTATED=signs is not None)
+    return bits.view(torch.float32)
 
 
 def quantize(
@@ -120,45 +110,32 @@ def quantize(
     blocks = block_count(x.shape[-1])
     words = x.new_empty((*x.shape[:-1], blocks * BLOCK // CODES_PER_WORD), dtype=torch.int32)
     scales = x.new_empty((*x.shape[:-1], blocks), dtype=torch.uint8)
-    x, tile = matrices(x), tile_of(x)
-    with torch.cuda.device_of(x):
-        kernels.quantize_kernel[grid_of(*x.shape, tile)](
-            x,
-            amax,
-            seed if stochastic else None,
-            words,
-            scales,
-            x.shape[1],
-            x.shape[2],
-            *x.stride(),
-            sign_mask(signs),
-            stream,
-            ROTATED=signs is not None,
-            TILED=tuple(block) == TILE_BLOCK,
-            STOCHASTIC=stochastic,
-            ROWS=tile.rows,
-            BLOCKS=tile.blocks,
-            WIDTH=tile.width,
-            num_warps=tile.warps,
-            enable_fp_fusion=False,
-        )
+    _launch(
+        kernels.quantize_kernel,
+        x,
+        (amax, seed if stochastic else None, words, scales),
+        signs,
+        stream,
+        ROTATED=signs is not None,
+        TILED=tuple(block) == TILE_BLOCK,
+        STOCHASTIC=stochastic,
+    )
     return words.view(torch.uint8), scales.view(torch.float8_e4m3fn)
 
 
 def dequantize(codes: Tensor, scales: Tensor, k: int) -> Tensor:
     """code * scale, bfloat16 [.., M, k]: exact, without the global factor."""
     values = codes.new_empty((*codes.shape[:-1], k), dtype=torch.bfloat16)
-    batch, rows, columns = matrices(values).shape
+    shape = _as_batch(values).shape
     with torch.cuda.device_of(codes):
-        kernels.dequantize_kernel[grid_of(batch, rows, columns, DEQUANTIZE_TILE)](
+        kernels.dequantize_kernel[_grid(shape, ROW_TILE)](
             codes.contiguous().view(torch.int32),
             scales.contiguous().view(torch.uint8),
             values,
-            rows,
-            columns,
-            ROWS=DEQUANTIZE_TILE.rows,
-            BLOCKS=DEQUANTIZE_TILE.blocks,
-            num_warps=DEQUANTIZE_TILE.warps,
+            *shape[1:],
+            ROWS=ROW_TILE.rows,
+            BLOCKS=ROW_TILE.blocks,
+            num_warps=ROW_TILE.warps,
             enable_fp_fusion=False,
         )
     return values

@@ -1,0 +1,238 @@
+"""Which target a device gets, what is refused and why, and the kernel tables."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from nvfp4c import dialect
+from nvfp4c.codegen import targets
+from nvfp4c.codegen.targets import TARGETS, kernel_table, resolve
+from nvfp4c.errors import OptionError, TargetError
+from nvfp4c.formats import DEFAULT_SIGNS, ROW_BLOCK, TILE_BLOCK
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An NVIDIA GPU of compute capability 9.0, and triton."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: object())
+    return monkeypatch
+
+
+def with_capability(gpu: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    gpu.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+
+@pytest.mark.parametrize(
+    "capability, name",
+    [
+        ((8, 0), "sm_80"),
+        ((8, 6), "sm_80"),
+        ((8, 7), "sm_80"),
+        ((8, 9), "sm_89"),
+        ((9, 0), "sm_90"),
+        ((10, 0), "sm_90"),
+        ((10, 3), "sm_90"),
+        ((12, 0), "sm_90"),
+    ],
+)
+def test_auto_takes_the_newest_target_that_the_gpu_runs(
+    gpu: pytest.MonkeyPatch, capability: tuple[int, int], name: str
+) -> None:
+    with_capability(gpu, capability)
+    assert resolve("auto", GPU) == TARGETS[name]
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu"])
+def test_a_model_on_the_cpu_gets_the_cpu_target(name: str) -> None:
+    assert resolve(name, CPU) == TARGETS["cpu"]
+
+
+def test_an_older_target_may_be_asked_for(gpu: pytest.MonkeyPatch) -> None:
+    assert resolve("sm_80", GPU) == TARGETS["sm_80"]
+
+
+def test_no_target_claims_native_fp4() -> None:
+    assert not any(target.native_fp4 for target in TARGETS.values())
+    assert all("exact emulation" in target.description for target in TARGETS.values())
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_unknown_names_are_refused_with_the_valid_ones(device: torch.device) -> None:
+    with pytest.raises(OptionError, match=r"'sm90'; did you mean 'sm_90'\?.*auto, cpu, sm_80, sm_89, sm_90"):
+        resolve("sm90", device)
+
+
+def test_a_gpu_target_needs_a_model_on_the_gpu() -> None:
+    with pytest.raises(TargetError, match="'sm_80' is a GPU, but the model is on the CPU"):
+        resolve("sm_80", CPU)
+
+
+def test_the_cpu_target_needs_a_model_on_the_cpu(gpu: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TargetError, match="'cpu' cannot run a model on cuda:0"):
+        resolve("cpu", GPU)
+
+
+@pytest.mark.parametrize("name", ["auto", "sm_80"])
+def test_old_gpus_are_refused(gpu: pytest.MonkeyPatch, name: str) -> None:
+    with_capability(gpu, (7, 5))
+    with pytest.raises(TargetError, match=r"compute capability 7\.5, too old.*8\.0 and up"):
+        resolve(name, GPU)
+
+
+def test_a_target_newer_than_the_gpu_is_refused(gpu: pytest.MonkeyPatch) -> None:
+    with_capability(gpu, (8, 6))
+    with pytest.raises(TargetError, match=r"compute capability 8\.6 and cannot run 'sm_90'; use 'auto'"):
+        resolve("sm_90", GPU)
+
+
+def test_gpus_of_other_makers_are_refused(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr(torch.version, "hip", "6.4")
+    with pytest.raises(TargetError, match=r"device cuda:0.*NVIDIA GPUs"):
+        resolve("auto", GPU)
+    with pytest.raises(TargetError, match=r"device mps.*NVIDIA GPUs"):
+        resolve("auto", torch.device("mps"))
+
+
+def test_a_gpu_target_needs_triton(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr(targets.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(TargetError, match=r"'sm_90' needs triton.*pip install triton"):
+        resolve("auto", GPU)
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_cpu_target_needs_no_triton() -> None:
+    """In a process where triton cannot be imported."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from nvfp4c.codegen.targets import kernel_table, resolve
+x = torch.ones(2, 16)
+table = kernel_table(resolve("auto", x.device))
+assert table.product(x, x).tolist() == [[16.0, 16.0]] * 2
+"""
+    run = python(code)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("name", ["codegen", "passes"])
+def test_a_bare_import_of_a_subpackage_is_refused(name: str) -> None:
+    """Run from the repository's root, where the folder could be found under its bare name."""
+    run = python(f"import {name}")
+    assert run.returncode != 0
+    assert f"ImportError: {name!r} is a part of nvfp4c" in run.stderr
+    assert f"Use 'import nvfp4c.{name}'" in run.stderr
+    assert importlib.util.find_spec(f"nvfp4c.{name}") is not None
+
+
+X = torch.randn(3, 20, 37, generator=torch.Generator().manual_seed(0))
+
+
+def test_cpu_hadamard_and_amax_are_the_dialect_s() -> None:
+    table = kernel_table(TARGETS["cpu"])
+    assert table.operand_dtype is torch.float32
+    assert torch.equal(table.hadamard(X, DEFAULT_SIGNS), dialect.HADAMARD(X, DEFAULT_SIGNS))
+    assert torch.equal(table.amax(X, DEFAULT_SIGNS), dialect.AMAX(X, DEFAULT_SIGNS))
+
+
+def test_cpu_quantize_and_dequantize_are_the_dialect_s() -> None:
+    table = kernel_table(TARGETS["cpu"])
+    arguments = (X, dialect.AMAX(X, DEFAULT_SIGNS), ROW_BLOCK, "stochastic", DEFAULT_SIGNS, torch.tensor(-7), 2)
+    codes, scales = table.quantize(*arguments)
+    expected = dialect.QUANTIZE(*arguments)
+    assert torch.equal(codes, expected[0])
+    assert torch.equal(scales.view(torch.uint8), expected[1].view(torch.uint8))
+    assert torch.equal(table.dequantize(codes, scales, 37), dialect.DEQUANTIZE(*expected, None, 37, torch.float32))
+
+
+@pytest.mark.parametrize(
+    "block, rounding, signs, k",
+    [(TILE_BLOCK, "stochastic", None, 37), (ROW_BLOCK, "nearest", DEFAULT_SIGNS, 48)],
+    ids=["trimmed", "rotated, so without padding"],
+)
+def test_cpu_operand_is_the_dialect_s_quantize_and_dequantize(
+    block: tuple[int, int], rounding: str, signs: tuple[int, ...] | None, k: int
+) -> None:
+    table = kernel_table(TARGETS["cpu"])
+    assert table.operand is not None
+    arguments = (X, dialect.AMAX(X, signs), block, rounding, signs, torch.tensor(7), 1)
+    expected = dialect.DEQUANTIZE(*dialect.QUANTIZE(*arguments), None, k, torch.float32)
+    assert torch.equal(table.operand(*arguments), expected)
+
+
+def test_cpu_product_is_that_of_scaled_mm() -> None:
+    table = kernel_table(TARGETS["cpu"])
+    w = torch.randn(3, 8, 37, generator=torch.Generator().manual_seed(1))
+    for x, weight in ((X[0], w[0]), (X, w)):
+        x_amax, w_amax = dialect.AMAX(x), dialect.AMAX(weight)
+        packed_x = dialect.QUANTIZE(x, x_amax, ROW_BLOCK, "nearest")
+        packed_w = dialect.QUANTIZE(weight, w_amax, TILE_BLOCK, "nearest")
+        product = table.product(*(dialect.DEQUANTIZE(*p, None, 37, torch.float32) for p in (packed_x, packed_w)))
+        expected = dialect.SCALED_MM(*packed_x, x_amax, *packed_w, w_amax, 37, None, torch.float32)
+        found = dialect.scale_product(product, x_amax, w_amax, None, torch.float32)
+        # Sums of the same 37 exact products in FP32, but the reference adds 11 zeros and may group terms otherwise:
+        # 37 additions, each off by at most half an ulp (6e-8) of a partial sum below 37 * 16.
+        torch.testing.assert_close(found, expected, rtol=0, atol=37 * 37 * 16 * 6e-8)
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_89", "sm_90"])
+def test_gpu_tables_promise_what_the_dialect_does_for_any_size(name: str) -> None:
+    """On fake GPU tensors of symbolic sizes, so that no GPU is needed."""
+    pytest.importorskip("triton", reason="no triton for this system")
+    table = kernel_table(TARGETS[name])
+    assert table.target == name and table.operand_dtype is torch.bfloat16
+    assert table.operand is None
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        x = mode.from_tensor(torch.empty(20, 37), static_shapes=False)
+        amax = table.amax(x, DEFAULT_SIGNS)
+        quantize_args = (x, amax, [1, 16], "nearest", list(DEFAULT_SIGNS))
+        pairs = [
+            (amax, dialect.AMAX(x, DEFAULT_SIGNS)),
+            (table.hadamard(x, DEFAULT_SIGNS), dialect.HADAMARD(x, DEFAULT_SIGNS)),
+            *zip(table.quantize(*quantize_args), dialect.QUANTIZE(*quantize_args), strict=True),
+        ]
+        codes, scales = table.quantize(*quantize_args)
+        k = x.shape[1]
+        pairs.append((table.dequantize(codes, scales, k), dialect.DEQUANTIZE(codes, scales, None, k, torch.bfloat16)))
+        for found, expected in pairs:
+            assert found.dtype is expected.dtype and found.device == expected.device
+            assert tuple(map(str, found.shape)) == tuple(map(str, expected.shape))
+            assert tuple(map(str, found.stride())) == tuple(map(str, expected.stride()))
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS))
+def test_every_entry_has_a_name_to_show(name: str) -> None:
+    if name != "cpu":
+        pytest.importorskip("triton", reason="no triton for this system")
+    table = kernel_table(TARGETS[name])
+    entries = {"matmul", "hadamard", "amax", "quantize", "dequantize", "product"}
+    assert set(table.names) == (entries | {"operand"} if table.operand is not None else entries)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_gpu_product_accumulates_in_fp32(batch: tuple[int, ...]) -> None:
+    table = kernel_table(resolve("auto", GPU))
+    a, b = (torch.randn(*batch, rows, 64, device=GPU).bfloat16() for rows in (20, 36))
+    product = table.product(a, b)
+    assert product.dtype is torch.float32
+    exact = a.double() @ b.double().transpose(-1, -2)
+    # 64 exact products added in FP32, each addition off by half an ulp (6e-8) at most of a partial sum below 64 * 16.
+    torch.testing.assert_close(product.double(), exact, rtol=0, atol=64 * 64 * 16 * 6e-8)
