@@ -186,8 +186,8 @@ def _figure(unit: str) -> go.Figure:
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#1f2933"},
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         hovermode="x unified",
-        xaxis={**axis, "title": {"text": "training step"}},
-        yaxis={**axis, "title": {"text": unit}},
+        xaxis={**axis, "title": {"text": "training step", "font": {"size": 13}}},
+        yaxis={**axis, "title": {"text": unit, "font": {"size": 13}}},
     )
     return figure
 
