@@ -7,16 +7,14 @@ whose values (code * scale) BF16 holds without loss. A newer GPU runs the kernel
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nvfp4c import dialect, numerics, philox
+from nvfp4c.codegen import cpu
 from nvfp4c.dialect import KernelTable
 from nvfp4c.errors import OptionError, TargetError, nearest
-from nvfp4c.formats import padded
 
 AUTO = "auto"
 
@@ -81,39 +79,16 @@ def kernel_table(target: Target) -> KernelTable:
     return _cpu_table() if target.capability is None else _gpu_table(target)
 
 
-def _cpu_quantize(
-    x: Tensor, amax: Tensor, block: Sequence[int], signs: Sequence[int] | None, random_bits: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    codes, scales = dialect.quantize_values(x, amax, block, signs, random_bits)
-    return numerics.pack(codes), scales
-
-
-def _cpu_operand(
-    x: Tensor, amax: Tensor, block: Sequence[int], signs: Sequence[int] | None, random_bits: Tensor | None
-) -> Tensor:
-    k = x.shape[-1] if signs is None else padded(x.shape[-1])  # rotated padding is no longer zero
-    return numerics.block_values(*dialect.quantize_values(x, amax, block, signs, random_bits)).narrow(-1, 0, k)
-
-
-def _cpu_dequantize(codes: Tensor, scales: Tensor, k: int) -> Tensor:
-    return numerics.block_values(numerics.unpack(codes), scales).narrow(-1, 0, k)
-
-
-def _cpu_product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.matmul(a, b.transpose(-1, -2))
-
-
 def _cpu_table() -> KernelTable:
     return KernelTable(
         target="cpu",
         operand_dtype=torch.float32,
-        hadamard=dialect.hadamard,
-        amax=dialect.amax,
-        quantize=_cpu_quantize,
-        dequantize=_cpu_dequantize,
-        product=_cpu_product,
-        operand=_cpu_operand,
-        random_bytes=philox.random_bytes_of_streams,
+        hadamard=cpu.HADAMARD,
+        amax=cpu.amax,
+        quantize=cpu.quantize,
+        dequantize=cpu.DEQUANTIZE,
+        product=cpu.product,
+        operand=cpu.operand,
         names={
             "matmul": "aten: quantise, FP32 GEMM",
             "hadamard": "aten: Hadamard",
@@ -144,7 +119,6 @@ def _gpu_table(target: Target) -> KernelTable:
         dequantize=operations.DEQUANTIZE,
         product=_gpu_product,
         operand=None,
-        random_bytes=None,
         names={
             "matmul": "triton: quantise, dequantise; cuBLAS BF16 GEMM",
             "hadamard": "triton: Hadamard",

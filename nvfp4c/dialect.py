@@ -107,9 +107,9 @@ def quantize_values(
     rounding: str,
     signs: Sequence[int] | None = None,
     seed: Tensor | None = None,
-    stream: int = 0,
+    stream: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor]:
-    """`quantize` with unpacked codes: uint8 [..., M, ceil16(K)]."""
+    """Codes not yet packed, uint8 [.., M, ceil16(K)], and scales. seed, stream: of stochastic rounding."""
     if signs is not None:
         x = numerics.rotate(x, signs)
     bits = None
@@ -127,7 +127,7 @@ def quantize(
     rounding: str,
     signs: Sequence[int] | None = None,
     seed: Tensor | None = None,
-    stream: int = 0,
+    stream: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor]:
     codes, scales = quantize_values(x, amax, block, rounding, signs, seed, stream)
     return numerics.pack(codes), scales
@@ -151,9 +151,11 @@ def scaled_mm(
     b_codes: Tensor,
     b_scales: Tensor,
     b_amax: Tensor,
+    k: int,
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    """k: length of the contraction axis; beyond it there are only zeros (of rotated operands all blocks are whole)."""
     a = numerics.block_values(numerics.unpack(a_codes), a_scales)
     b = numerics.block_values(numerics.unpack(b_codes), b_scales)
     return scale_product(torch.matmul(a, b.transpose(-1, -2)), a_amax, b_amax, bias, out_dtype)
@@ -202,6 +204,7 @@ def _fake_scaled_mm(
     b_codes: Tensor,
     b_scales: Tensor,
     b_amax: Tensor,
+    k: int,
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
@@ -223,7 +226,7 @@ _OPERATIONS = (
     ),
     (
         "scaled_mm(Tensor a_codes, Tensor a_scales, Tensor a_amax, Tensor b_codes, Tensor b_scales, Tensor b_amax, "
-        "Tensor? bias, ScalarType out_dtype) -> Tensor",
+        "SymInt k, Tensor? bias, ScalarType out_dtype) -> Tensor",
         scaled_mm,
         _fake_scaled_mm,
     ),
@@ -273,16 +276,15 @@ def assignment_of(node: fx.Node) -> Assignment | None:
     return found if isinstance(found, Assignment) else None
 
 
-
 @dataclass(frozen=True)
 class KernelTable:
     """What `lower` puts in place of the operations on one target.
 
     Each entry is a function of tensors that `make_fx` can trace: plain aten, or a call of an operation of the
-    target's own. Arguments are those of the dialect operation of the same name. `operand` is quantize followed by
-    dequantize without the global factor, for an operand whose packed form nobody needs; None where there is none.
-    `dequantize` returns code * scale in `operand_dtype` (exact in BF16), without the global factor. `product`
-    multiplies two dequantised operands [.., M, K] and [.., N, K] and returns float32 [.., M, N].
+    target's own. Arguments are those of the dialect operation of the same name.
+    `operand` is quantize followed by dequantize, for an operand whose packed form nobody needs; None where there is none.
+    `dequantize` and `operand` return code * scale in `operand_dtype` (exact in BF16), without the global factor.
+    `product` multiplies two dequantised operands [.., M, K] and [.., N, K] and returns float32 [.., M, N].
     names: what `explain` calls each entry.
     """
 

@@ -48,14 +48,12 @@ def rotate(x: Tensor, signs: Sequence[int]) -> Tensor:
     1, 2, 4, 8 in this order: where a block's dynamic range is wide the FP32 sum depends on its order, so one is fixed.
     """
     blocks = pad_last(x).unflatten(-1, (block_count(x.shape[-1]), BLOCK)).float()
-    negative = sum(1 << place for place, sign in enumerate(signs) if sign < 0)
-    places = torch.arange(BLOCK, device=x.device)
-    blocks = blocks * (1 - 2 * ((negative >> places) & 1)).float()
-    lower_plus_upper_minus = (1 - 2 * torch.arange(2, device=x.device)).float().unsqueeze(-1)
+    parts = [part if sign > 0 else -part for part, sign in zip(blocks.unbind(-1), signs, strict=True)]
     for stride in (1, 2, 4, 8):
-        pairs = blocks.unflatten(-1, (BLOCK // (2 * stride), 2, stride))
-        blocks = (pairs.flip(-2) + pairs * lower_plus_upper_minus).flatten(-3)
-    return (blocks * HADAMARD_NORM).flatten(-2).to(torch.bfloat16)
+        for low in (place for place in range(BLOCK) if not place & stride):
+            even, odd = parts[low], parts[low + stride]
+            parts[low], parts[low + stride] = even + odd, even - odd
+    return (torch.stack(parts, -1) * HADAMARD_NORM).flatten(-2).to(torch.bfloat16)
 
 
 def tensor_amax(x: Tensor) -> Tensor:

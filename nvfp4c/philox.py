@@ -40,10 +40,10 @@ def philox(seed: torch.Tensor, counter: Words) -> Words:
     return c0, c1, c2, c3
 
 
-def random_bytes(seed: torch.Tensor, stream: int, blocks: int) -> torch.Tensor:
+def random_bytes(seed: torch.Tensor, stream: int | torch.Tensor, blocks: int) -> torch.Tensor:
     """Random bytes of `blocks` consecutive blocks: uint8 [blocks, 16].
 
-    seed: int64 scalar tensor; stream: number of the operand within its graph.
+    seed: int64 scalar tensor; stream: number of the operand within its graph, an int64 scalar tensor or a number.
     """
     index = torch.arange(blocks, device=seed.device, dtype=torch.int64)
     zero = torch.zeros_like(index)

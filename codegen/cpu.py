@@ -1,0 +1,160 @@
+"""What the dialect becomes on a CPU: the reference functions, compiled by Inductor once for each kind of operand.
+
+A model has hundreds of operands but few kinds of them. Inlining the arithmetic at every site would make Inductor compile it
+hundreds of times; an `nvfp4_cpu::` operation that calls one compiled function, with dynamic sizes, costs microseconds
+instead. The functions are compiled when they are first needed, and kept in Inductor's cache on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvfp4c import dialect, numerics
+from nvfp4c.formats import padded
+
+LIBRARY = torch.library.Library("nvfp4_cpu", "DEF")
+
+EXACT = {"emulate_precision_casts": True}
+"""Inductor would else drop a rounding to BF16 that is followed by a conversion back to FP32."""
+
+
+def amax(x: Tensor, signs: Sequence[int] | None = None) -> Tensor:
+    """nvfp4.amax. The rotated tensor is written out, and shared with whoever quantises it."""
+    return numerics.tensor_amax(x if signs is None else HADAMARD(x, signs))
+
+
+def quantize(
+    x: Tensor,
+    amax: Tensor,
+    block: Sequence[int],
+    rounding: str,
+    signs: Sequence[int] | None = None,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """nvfp4.quantize."""
+    return QUANTIZE(x if signs is None else HADAMARD(x, signs), amax, block, rounding, seed, stream)
+
+
+def operand(
+    x: Tensor,
+    amax: Tensor,
+    block: Sequence[int],
+    rounding: str,
+    signs: Sequence[int] | None = None,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """nvfp4.quantize followed by nvfp4.dequantize without the global factor, never packed: float32 [.., M, K]."""
+    return OPERAND(x if signs is None else HADAMARD(x, signs), amax, block, rounding, seed, stream)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [.., M, K] times the transpose of b [.., N, K]: float32 [.., M, N]."""
+    return torch.matmul(a, b.mT)
+
+
+def oriented_like(x: Tensor, values: Tensor) -> Tensor:
+    """`values` with their last axis contiguous where x's is, else the axis before it: a transposed view stays one."""
+    return values.contiguous() if x.stride(-1) == 1 else values.mT.contiguous().mT
+
+
+def _hadamard(x: Tensor, signs: Sequence[int]) -> Tensor:
+    return oriented_like(x, numerics.rotate(x, signs))
+
+
+def _quantize(
+    x: Tensor, amax: Tensor, block: Sequence[int], rounding: str, seed: Tensor | None, stream: Tensor
+) -> tuple[Tensor, Tensor]:
+    codes, scales = dialect.quantize(x, amax, block, rounding, None, seed, stream)
+    return codes.contiguous(), scales.contiguous()
+
+
+def _operand(
+    x: Tensor, amax: Tensor, block: Sequence[int], rounding: str, seed: Tensor | None, stream: Tensor
+) -> Tensor:
+    codes, scales = dialect.quantize_values(x, amax, block, rounding, None, seed, stream)
+    return oriented_like(x, numerics.block_values(codes, scales).narrow(-1, 0, x.shape[-1]))
+
+
+def _dequantize(codes: Tensor, scales: Tensor, k: int) -> Tensor:
+    return dialect.dequantize(codes, scales, None, k, torch.float32).contiguous()
+
+
+@lru_cache(maxsize=None)
+def _compiled(function: FunctionType, kind: Hashable) -> Callable[..., Any]:
+    """`function` compiled for one kind of arguments. Each kind gets a code object of its own: Dynamo counts
+    recompilations by code object, and gives up compiling one that has too many."""
+    name = f"{function.__name__}_{_compiled.cache_info().currsize}"
+    code = function.__code__.replace(co_name=name)
+    copy = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    return torch.compile(copy, dynamic=True, fullgraph=True, options=EXACT)
+
+
+def _call(function: FunctionType, x: Tensor, *others: Any) -> Any:
+    settings = tuple(tuple(value) for value in others if isinstance(value, (list, str)))
+    compiled = _compiled(function, (x.dtype, x.dim(), x.stride(-1) == 1, settings))
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        return compiled(x, *others)
+
+
+def _run_hadamard(x: Tensor, signs: Sequence[int]) -> Tensor:
+    return _call(_hadamard, x, list(signs))
+
+
+def _run_quantize(
+    x: Tensor, amax: Tensor, block: Sequence[int], rounding: str, seed: Tensor | None, stream: int
+) -> tuple[Tensor, Tensor]:
+    # The stream goes in as a tensor, so that no code depends on its value.
+    return _call(_quantize, x, amax, list(block), rounding, seed, torch.tensor(stream))
+
+
+def _run_operand(
+    x: Tensor, amax: Tensor, block: Sequence[int], rounding: str, seed: Tensor | None, stream: int
+) -> Tensor:
+    return _call(_operand, x, amax, list(block), rounding, seed, torch.tensor(stream))
+
+
+def _run_dequantize(codes: Tensor, scales: Tensor, k: int) -> Tensor:
+    return _call(_dequantize, codes, scales, k)
+
+
+def _fake_hadamard(x: Tensor, signs: Sequence[int]) -> Tensor:
+    return oriented_like(x, x.new_empty((*x.shape[:-1], padded(x.shape[-1])), dtype=torch.bfloat16))
+
+
+def _fake_quantize(x: Tensor, amax: Tensor, block: Sequence[int], rounding: str, *_: object) -> tuple[Tensor, Tensor]:
+    return dialect.QUANTIZE(x, amax, block, rounding)
+
+
+def _fake_operand(x: Tensor, *_: object) -> Tensor:
+    return oriented_like(x, x.new_empty(x.shape, dtype=torch.float32))
+
+
+def _fake_dequantize(codes: Tensor, scales: Tensor, k: int) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], k), dtype=torch.float32)
+
+
+_QUANTIZE_ARGUMENTS = "Tensor x, Tensor amax, int[] block, str rounding, Tensor? seed, int stream"
+_OPERATIONS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
+    ("hadamard(Tensor x, int[] signs) -> Tensor", _run_hadamard, _fake_hadamard),
+    (f"quantize({_QUANTIZE_ARGUMENTS}) -> (Tensor, Tensor)", _run_quantize, _fake_quantize),
+    (f"operand({_QUANTIZE_ARGUMENTS}) -> Tensor", _run_operand, _fake_operand),
+    ("dequantize(Tensor codes, Tensor scales, SymInt k) -> Tensor", _run_dequantize, _fake_dequantize),
+)
+for _schema, _run, _fake in _OPERATIONS:
+    _name = _schema.split("(", 1)[0]
+    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    LIBRARY.impl(_name, _run, "CPU")
+    torch.library.register_fake(f"nvfp4_cpu::{_name}", _fake, lib=LIBRARY)
+
+HADAMARD = torch.ops.nvfp4_cpu.hadamard.default
+QUANTIZE = torch.ops.nvfp4_cpu.quantize.default
+OPERAND = torch.ops.nvfp4_cpu.operand.default
+DEQUANTIZE = torch.ops.nvfp4_cpu.dequantize.default

@@ -1,0 +1,125 @@
+"""The Dynamo backend: `torch.compile(model, backend="nvfp4")`.
+
+Inductor does the compiling. It is handed two passes: one rewrites the joint forward and backward graph, where the roles of
+matmuls are still visible, and one lowers each of the two graphs after the partitioner has cut it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.exc import InvalidCxxCompiler
+
+from nvfp4c import options as option_parsing
+from nvfp4c import pipeline
+from nvfp4c.codegen import targets
+from nvfp4c.codegen.targets import Target
+from nvfp4c.errors import TargetError
+from nvfp4c.options import Options
+from nvfp4c.pipeline import Observer, Step
+from nvfp4c.sites import ModelNames, find_root, names_of
+
+PACKAGE = Path(__file__).parent
+
+
+class GraphPass(CustomGraphPass):
+    """Steps of the pipeline as Inductor runs them. `key` names everything that their result depends on."""
+
+    def __init__(self, title: str, steps: Sequence[Step], key: str, observers: Sequence[Observer] = ()) -> None:
+        self._title = title
+        self._steps = tuple(steps)
+        self._key = key
+        self._observers = tuple(observers)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        pipeline.run(graph, self._steps, self._title, self._observers)
+
+    def uuid(self) -> str:
+        return self._key
+
+
+def nvfp4(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, object] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile one graph that Dynamo captured. options, mode: as given to `torch.compile`.
+
+    Raises OptionError, PlanError or TargetError, each saying what to do.
+    """
+    option_parsing.check_torch()
+    return compile_graph(gm, example_inputs, option_parsing.parse(options, mode))
+
+
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, observers: Sequence[Observer] = ()
+) -> Callable[..., Any]:
+    """Compile with options already parsed; each observer sees every graph after every pass."""
+    patches: dict[str, Any] = dict(list_mode_options(options.mode)) if options.mode != "default" else {}
+    if not options.changes_nothing:
+        names = names_of(gm, example_inputs, find_root())
+        if names.weights:
+            options.plan.check_sites(names.weights)
+        target = targets.resolve(options.target, device_of(example_inputs))
+        if target.name == "cpu":
+            check_cpp_compiler()
+        key = cache_key(gm, options, target, names)
+        joint = (*pipeline.decide(options.recipe, options.plan, names), *pipeline.rewrite())
+        patches["joint_custom_pre_pass"] = GraphPass("joint", joint, key, observers)
+        lower = pipeline.lowering(targets.kernel_table(target))
+        patches["post_grad_custom_pre_pass"] = GraphPass("lower", lower, key, observers)
+    return compile_fx(gm, list(example_inputs), config_patches=patches)
+
+
+def device_of(inputs: Iterable[object]) -> torch.device:
+    """The device that a graph runs on: the first accelerator among its inputs, else the CPU."""
+    devices = [value.device for value in inputs if isinstance(value, torch.Tensor)]
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+
+
+def check_cpp_compiler() -> None:
+    """Raise TargetError when Inductor would find no C++ compiler."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise TargetError(
+            "no C++ compiler found, and Inductor needs one to compile for the CPU; "
+            "install g++ or clang++, or set CXX to the one to use"
+        ) from error
+
+
+def cache_key(gm: fx.GraphModule, options: Options, target: Target, names: ModelNames) -> str:
+    """Everything that compiled code depends on beyond the graph itself: our sources, the policy, the names of sites."""
+    policy = {
+        "recipe": options.recipe.to_dict(),
+        "plan": options.plan.to_dict(),
+        "target": target.name,
+        "inputs": [list(described.names) for described in names.inputs],
+        "weights": list(names.weights),
+        "modules": [names.module_of(node) for node in gm.graph.nodes if node.op == "call_function"],
+    }
+    text = json.dumps(policy, sort_keys=True)
+    return hashlib.sha256((source_hash() + text).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def source_hash() -> str:
+    """Hash of the sources that shape compiled code: the package, its passes and its kernels."""
+    digest = hashlib.sha256()
+    for folder in (PACKAGE, PACKAGE / "passes", PACKAGE / "codegen"):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,60 @@
+"""What a user can ask of the backend, checked before anything is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from nvfp4c import plan as plans
+from nvfp4c import recipe as recipes
+from nvfp4c.errors import OptionError, TargetError, nearest
+from nvfp4c.plan import PrecisionPlan
+from nvfp4c.recipe import DEFAULT_RECIPE, Recipe
+
+OPTIONS = ("recipe", "plan", "target")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+OLDEST_TORCH, NEXT_TORCH = (2, 11), (2, 16)
+
+
+@dataclass(frozen=True)
+class Options:
+    """recipe: what to do. plan: where. target: "auto" or a target's name. mode: what it means for Inductor."""
+
+    recipe: Recipe = recipes.RECIPES[DEFAULT_RECIPE]
+    plan: PrecisionPlan = PrecisionPlan()
+    target: str = "auto"
+    mode: str = "default"
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether no matmul can run in NVFP4 under these options."""
+        return not self.recipe.roles and not self.plan.rules
+
+
+def parse(options: Mapping[str, object] | None = None, mode: str | None = None) -> Options:
+    """Options from what `torch.compile` hands on. Raises OptionError or PlanError saying what is wrong."""
+    given = dict(options or {})
+    for name in given:
+        if name not in OPTIONS:
+            raise OptionError(f"unknown option {name!r}; {nearest(str(name), OPTIONS)} (options: {', '.join(OPTIONS)})")
+    if mode is not None and mode not in MODES:
+        raise OptionError(f"unknown mode {mode!r}; {nearest(str(mode), MODES)} (modes: {', '.join(MODES)})")
+    target = given.get("target", "auto")
+    if not isinstance(target, str):
+        raise OptionError(f"target must be a name such as 'auto' or 'sm_90', got {type(target).__name__}")
+    return Options(
+        recipe=recipes.get(given.get("recipe", DEFAULT_RECIPE)),  # type: ignore[arg-type]
+        plan=plans.get(given.get("plan")),
+        target=target,
+        mode=mode or "default",
+    )
+
+
+def check_torch(version: str = torch.__version__) -> None:
+    """Raise TargetError unless this version of PyTorch is one that the backend was built for."""
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    if not OLDEST_TORCH <= numbers < NEXT_TORCH:
+        oldest, newest = "2.11", "2.15"
+        raise TargetError(f"PyTorch {version} is not supported; install torch {oldest} to {newest}")

@@ -1,0 +1,71 @@
+"""The passes in their order, and the runner that takes a graph through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from nvfp4c.debug import GraphLog
+from nvfp4c.dialect import KernelTable, Stage
+from nvfp4c.passes.assign import Assign
+from nvfp4c.passes.classify import Classify
+from nvfp4c.passes.fuse import fuse
+from nvfp4c.passes.insert_hadamard import insert_hadamard
+from nvfp4c.passes.insert_scaling import insert_scaling
+from nvfp4c.passes.lower import Lower
+from nvfp4c.passes.place import place
+from nvfp4c.passes.share import share
+from nvfp4c.plan import PrecisionPlan
+from nvfp4c.recipe import Recipe
+from nvfp4c.sites import ModelNames
+
+Pass = Callable[[fx.Graph], fx.Graph]
+Observer = Callable[[str, Stage, fx.Graph], None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass, its name, and the stage that a graph is in after it."""
+
+    name: str
+    run: Pass
+    stage: Stage
+
+
+def decide(recipe: Recipe, plan: PrecisionPlan, names: ModelNames) -> tuple[Step, ...]:
+    """Find out what every matmul is and what becomes of it; only metadata changes."""
+    return (
+        Step("classify", Classify(names), Stage.CLASSIFIED),
+        Step("assign", Assign(recipe, plan, names.weights), Stage.ASSIGNED),
+    )
+
+
+def rewrite() -> tuple[Step, ...]:
+    """Turn decisions into operations of the dialect, on the joint graph."""
+    return (
+        Step("insert_hadamard", insert_hadamard, Stage.ROTATED),
+        Step("insert_scaling", insert_scaling, Stage.SCALED),
+        Step("share", share, Stage.SCALED),
+        Step("fuse", fuse, Stage.FUSED),
+        Step("place", place, Stage.FUSED),
+    )
+
+
+def lowering(table: KernelTable) -> tuple[Step, ...]:
+    """Turn the dialect into what a target runs, on the forward and the backward graph apart."""
+    return (Step("lower", Lower(table), Stage.LOWERED),)
+
+
+def run(graph: fx.Graph, steps: Sequence[Step], title: str, observers: Sequence[Observer] = ()) -> fx.Graph:
+    """Take a graph through steps; each observer sees it after every one of them."""
+    log = GraphLog(title)
+    log.after("input", Stage.AOT, graph)
+    for step in steps:
+        graph = step.run(graph)
+        log.after(step.name, step.stage, graph)
+        for observe in observers:
+            observe(step.name, step.stage, graph)
+    log.done(graph)
+    return graph

@@ -1,0 +1,119 @@
+"""Names of sites: the same for a layer in training and inference graphs, and across graph breaks.
+
+A site is named after its module (`layers.3.mlp.up_proj`), or after its weight where that is not called "weight"
+(`layers.3.mlp.w1`). A second use in the same graph gets an ordinal (`decoder#1`). Names are found through the
+identity of modules and parameters in the model being compiled; where no model is known (a compiled function) they come
+from the expressions by which the function reaches its modules.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+from torch import fx, nn
+from torch._dynamo.eval_frame import OptimizedModule
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """One input of a captured graph. names: where it is found in the model (several when tied)."""
+
+    names: tuple[str, ...]
+    is_weight: bool
+
+
+@dataclass(frozen=True)
+class ModelNames:
+    """Everything passes may know about the model beyond the graph.
+
+    inputs: of the captured graph, in order. modules: name of each module by its id. weights: names of all sites that
+    the whole model could have, empty when the model is not known.
+    """
+
+    inputs: tuple[GraphInput, ...] = ()
+    modules: Mapping[str, str] | None = None
+    weights: tuple[str, ...] = ()
+
+    def input_of(self, placeholder: fx.Node, position: int) -> GraphInput:
+        """What a placeholder of the joint graph is; `position` is its place among the graph's primal inputs."""
+        index = getattr(placeholder.meta.get("desc"), "idx", position)
+        if placeholder.meta.get("partitioner_tag") == "is_backward" or not 0 <= index < len(self.inputs):
+            return GraphInput((), False)
+        return self.inputs[index]
+
+    def module_of(self, node: fx.Node) -> str:
+        """Name of the innermost module that a node belongs to, "" for none."""
+        stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+        if not stack:
+            return ""
+        key, (path, _) = list(stack.items())[-1]
+        name = (self.modules or {}).get(str(key).partition("@")[0])
+        return dotted(path) if name is None else name
+
+
+def dotted(expression: str) -> str:
+    """`L['model']._modules['layers'][0].fc` to `layers.0.fc`: how Dynamo reaches something, as a path in its model."""
+    text = re.sub(r"^[LG]\['\w+'\](.*\.cell_contents)?", "", expression)
+    text = re.sub(r"\.?(_modules|_parameters|_buffers)(?=\[)", "", text)
+    text = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", text)
+    return text.strip(".")
+
+
+def site_name(module: str, weight_names: Iterable[str]) -> str:
+    """The name of a matmul in `module` whose weight is known under these names."""
+    names = tuple(weight_names)
+    inside = [name for name in names if module == "" or name.startswith(f"{module}.")]
+    chosen = inside[0] if inside else (f"{module}." if module else names[0] if names else "")
+    return chosen.removesuffix(".weight").rstrip(".") or "matmul"
+
+
+def find_root() -> nn.Module | None:
+    """The model being compiled: the nearest `torch.compile`d module on the call stack, else the outermost module."""
+    frame: FrameType | None = sys._getframe(1)
+    outermost = None
+    while frame is not None:
+        candidate = frame.f_locals.get("self")
+        if isinstance(candidate, OptimizedModule):
+            return candidate._orig_mod
+        if isinstance(candidate, nn.Module) and not isinstance(candidate, fx.GraphModule):
+            outermost = candidate
+        frame = frame.f_back
+    return outermost
+
+
+def names_of(gm: fx.GraphModule, inputs: Iterable[object], root: nn.Module | None) -> ModelNames:
+    """Names for one graph that Dynamo captured from `root`, with its example inputs."""
+    known: dict[int, list[str]] = {}
+    modules = None
+    weights: tuple[str, ...] = ()
+    if root is not None:
+        for name, tensor in (
+            *root.named_parameters(remove_duplicate=False),
+            *root.named_buffers(remove_duplicate=False),
+        ):
+            known.setdefault(id(tensor), []).append(name)
+        modules = {str(id(module)): name for name, module in root.named_modules()}
+        weights = tuple(
+            name.removesuffix(".weight")
+            for name, parameter in root.named_parameters(remove_duplicate=False)
+            if parameter.dim() >= 2
+        )
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    described = tuple(_describe(node, value, known) for node, value in zip(placeholders, inputs, strict=True))
+    return ModelNames(described, modules, weights)
+
+
+def _describe(placeholder: fx.Node, value: object, known: Mapping[int, list[str]]) -> GraphInput:
+    if not isinstance(value, torch.Tensor):
+        return GraphInput((), False)
+    source = getattr(getattr(placeholder.meta.get("grapharg"), "source", None), "name", "")
+    source = source() if callable(source) else source
+    held = "_parameters[" in source or "_buffers[" in source
+    names = tuple(known.get(id(value), ())) or ((dotted(source),) if source else (placeholder.name,))
+    trained = value.requires_grad and value.is_leaf
+    return GraphInput(names, isinstance(value, torch.nn.Parameter) or held or trained)

@@ -1,0 +1,107 @@
+"""Inserting nodes into a graph: every new node gets its value and the metadata of the matmul that it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch.fx.node import Target
+from torch.utils._pytree import tree_map
+
+aten = torch.ops.aten
+
+ORIGIN_META = (
+    "partitioner_tag",
+    "seq_nr",
+    "recompute",
+    "ac_graph_id",
+    "nn_module_stack",
+    "fwd_nn_module_stack",
+    "stack_trace",
+    "autograd_backward",
+)
+"""Without `recompute`, activation checkpointing would silently save what it should recompute."""
+
+SHAPE_OPS = frozenset(
+    {
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.unsqueeze.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.alias.default,
+        aten.detach.default,
+        aten.clone.default,
+    }
+)
+"""Operations that only arrange the same elements anew."""
+
+
+def value(node: Any) -> Any:
+    """What a node holds at trace time (a fake tensor or symbolic size); anything else as it is."""
+    return tree_map(lambda leaf: leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf, node)
+
+
+def insert(
+    graph: fx.Graph, target: Target, args: Sequence[Any], like: fx.Node, kwargs: Mapping[str, Any] | None = None
+) -> fx.Node:
+    """A call at the graph's insertion point, its value derived by running it on the arguments' fake tensors."""
+    node = graph.create_node("call_function", target, tuple(args), dict(kwargs or {}))
+    fake_mode = detect_fake_mode([*map(value, args), like.meta.get("val")])
+    assert callable(target)
+    if fake_mode is None:
+        node.meta["val"] = target(*value(tuple(args)), **value(dict(kwargs or {})))
+    else:
+        with fake_mode:
+            node.meta["val"] = target(*value(tuple(args)), **value(dict(kwargs or {})))
+    copy_origin(node, like)
+    return node
+
+
+def copy_origin(node: fx.Node, like: fx.Node) -> None:
+    """Give a node the tags of the node that it was made for."""
+    for key in ORIGIN_META:
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+
+
+def swapped(node: fx.Node) -> fx.Node | None:
+    """What a node is the transpose of, in its last two axes; None if it is no such transpose."""
+    if node.target not in (aten.permute.default, aten.t.default, aten.transpose.int):
+        return None
+    dims = node.args[0].meta["val"].dim()
+    if node.target is aten.permute.default:
+        order = [axis % dims for axis in node.args[1]]
+        return node.args[0] if order == swap_order(dims) else None
+    if node.target is aten.transpose.int:
+        axes = {node.args[1] % dims, node.args[2] % dims}
+        return node.args[0] if axes == {dims - 1, dims - 2} else None
+    return node.args[0]
+
+
+def swap_order(dims: int) -> list[int]:
+    """The permutation that exchanges the last two of `dims` axes."""
+    return [*range(dims - 2), dims - 1, dims - 2]
+
+
+def transposed(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
+    """A node holding the transpose of `node` in its last two axes; undoes a transpose rather than adding one."""
+    source = swapped(node)
+    if source is not None:
+        return source
+    return insert(graph, aten.permute.default, (node, swap_order(node.meta["val"].dim())), like)
+
+
+def arrangement_base(node: fx.Node) -> fx.Node:
+    """The tensor of which `node` is only an arrangement: it has the same elements, each once."""
+    while node.op == "call_function" and node.target in SHAPE_OPS:
+        node = node.args[0]
+    return node

@@ -1,0 +1,206 @@
+"""Replace the dialect by what the target runs. FUSED -> LOWERED, on the forward and the backward graph apart.
+
+On targets without native FP4 a scaled matmul becomes a product of dequantised operands, which is exact (code * scale has
+six significant bits, and the sum is FP32):
+    %y = nvfp4.scaled_mm(%ac, %as, %aa, %bc, %bs, %ba, k, None, bf16)
+becomes
+    %a = dequantize(%ac, %as, k)        # once for all products that use it
+    %b = dequantize(%bc, %bs, k)
+    %p = product(%a, %b)                # FP32
+    %y = (%p * factor(%aa, %ba)).to(bf16)
+An operand that is quantised in this graph, and whose packed form nobody else needs, is never packed. Transposed tiles are
+read as a transpose of the dequantised operand.
+
+The entries of the kernel table are traced with `make_fx` once for each distinct argument shape, then copied in.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import detect_fake_mode
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from nvfp4c import dialect
+from nvfp4c.dialect import (
+    AMAX,
+    DEQUANTIZE,
+    HADAMARD,
+    QUANTIZE,
+    SCALED_MM,
+    TRANSPOSE,
+    KernelTable,
+    is_dialect,
+)
+from nvfp4c.formats import GLOBAL_MAX
+from nvfp4c.passes.graph_edit import copy_origin, insert, swap_order, value
+from nvfp4c.passes.share import merge_equal
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Lower:
+    """Replace every dialect operation by entries of `table`."""
+
+    table: KernelTable
+
+    def __call__(self, graph: fx.Graph) -> fx.Graph:
+        if any(is_dialect(node) for node in graph.nodes):
+            lowering = _Lowering(graph, self.table)
+            for node in list(graph.nodes):
+                if is_dialect(node):
+                    lowering.lower(node)
+            lowering.finish()
+        return graph
+
+
+@dataclass
+class _Lowering:
+    """The work on one graph.
+
+    operands: dequantised operands by the codes they came from and their k. traced: table entries by their arguments' shapes. emitted: what
+    the traces call.
+    """
+
+    graph: fx.Graph
+    table: KernelTable
+    operands: dict[tuple[fx.Node, Any], fx.Node] = field(default_factory=dict)
+    traced: dict[object, fx.GraphModule] = field(default_factory=dict)
+    emitted: set[object] = field(default_factory=set)
+
+    def lower(self, node: fx.Node) -> None:
+        """Replace one node. Quantisations whose codes only feed products here wait until a product asks for them."""
+        entry = {HADAMARD: self.table.hadamard, AMAX: self.table.amax, DEQUANTIZE: self._dequantize_fully}.get(
+            node.target
+        )
+        with self.graph.inserting_before(node):
+            if node.target is SCALED_MM:
+                self._replace(node, self._scaled_mm(node))
+            elif entry is not None:
+                self._replace(node, self._emit(entry, node.args, node))
+
+    def finish(self) -> None:
+        """Emit the packed forms that are needed after all, then drop what nobody reads."""
+        for node in reversed(self.graph.nodes):
+            if (node.target in (QUANTIZE, TRANSPOSE) and not node.users) or (
+                node.target is operator.getitem and not node.users and is_dialect(node.args[0])
+            ):
+                self.graph.erase_node(node)
+        for node in list(self.graph.nodes):
+            if node.target in (QUANTIZE, TRANSPOSE):
+                with self.graph.inserting_before(node):
+                    if node.target is QUANTIZE:
+                        parts = self._emit(self.table.quantize, node.args, node)
+                    else:
+                        parts = self._emit(dialect.transpose, node.args, node)
+                for item in list(node.users):
+                    item.replace_all_uses_with(parts[item.args[1]])
+                    self.graph.erase_node(item)
+                self.graph.erase_node(node)
+        merge_equal(self.graph, frozenset(self.emitted))
+        self.graph.eliminate_dead_code()
+
+    def _scaled_mm(self, node: fx.Node) -> fx.Node:
+        a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, k, bias, dtype = node.args
+        a = self._operand(a_codes, a_scales, k, node)
+        b = self._operand(b_codes, b_scales, k, node)
+        product = self._emit(self.table.product, (a, b), node)
+        return self._emit(dialect.scale_product, (product, a_amax, b_amax, bias, dtype), node)
+
+    def _operand(self, codes: fx.Node, scales: fx.Node, k: Any, like: fx.Node) -> fx.Node:
+        """code * scale of a packed operand, [.., rows, k]; emitted once for each distinct operand."""
+        key = (codes, k)
+        if key not in self.operands:
+            self.operands[key] = self._new_operand(codes, scales, k, like)
+        return self.operands[key]
+
+    def _new_operand(self, codes: fx.Node, scales: fx.Node, k: Any, like: fx.Node) -> fx.Node:
+        maker = codes.args[0] if codes.target is operator.getitem else None
+        if isinstance(maker, fx.Node) and maker.target is TRANSPOSE:
+            source = self._operand(*maker.args, like)
+            return insert(self.graph, aten.permute.default, (source, swap_order(source.meta["val"].dim())), like)
+        if isinstance(maker, fx.Node) and maker.target is QUANTIZE and self.table.operand is not None:
+            return self._emit(self.table.operand, maker.args, like)
+        if isinstance(maker, fx.Node) and maker.target is QUANTIZE:
+            codes, scales = self._packed(maker)
+        return self._emit(self.table.dequantize, (codes, scales, k), like)
+
+    def _packed(self, quantize: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """The packed form of a quantisation, in place of the node's own items."""
+        return tuple(insert(self.graph, operator.getitem, (quantize, index), quantize) for index in (0, 1))  # type: ignore[return-value]
+
+    def _dequantize_fully(
+        self, codes: Tensor, scales: Tensor, amax: Tensor | None, k: int, dtype: torch.dtype
+    ) -> Tensor:
+        values = self.table.dequantize(codes, scales, k).float()
+        return (values if amax is None else values * (amax / GLOBAL_MAX)).to(dtype)
+
+    def _replace(self, node: fx.Node, replacement: fx.Node) -> None:
+        node.replace_all_uses_with(replacement)
+        self.graph.erase_node(node)
+
+    def _emit(self, entry: Callable[..., Any], args: Sequence[Any], like: fx.Node) -> Any:
+        """Copy the traced `entry` into the graph at the insertion point; returns the node or nodes of its result."""
+        arguments = [argument for argument in args if isinstance(argument, fx.Node)]
+        values = value(tuple(args))
+        key = (entry, tuple(map(_signature, values)))
+        if key not in self.traced:
+            self.traced[key] = _trace(entry, values, args)
+        module = self.traced[key]
+        copies: dict[fx.Node, Any] = {}
+        sources = iter(arguments)
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                copies[node] = next(sources)
+            elif node.op == "output":
+                return fx.map_arg(node.args[0], lambda inner: copies[inner])
+            else:
+                copies[node] = self.graph.node_copy(node, lambda inner: copies[inner])
+                copy_origin(copies[node], like)
+                if node.op == "get_attr":
+                    copies[node].target = self._constant(getattr(module, node.target))
+                self.emitted.add(copies[node].target)
+        raise AssertionError("a traced graph ends with its output")
+
+    def _constant(self, tensor: Tensor) -> str:
+        """Name under which the module that owns the graph holds a constant of a traced entry."""
+        owner = self.graph.owning_module
+        name = f"_nvfp4_constant{sum(key.startswith('_nvfp4_constant') for key in vars(owner))}"
+        while hasattr(owner, name):
+            name += "_"
+        setattr(owner, name, tensor)
+        return name
+
+
+def _signature(value: Any) -> object:
+    """What a trace depends on: shapes, strides, types and plain values."""
+    if isinstance(value, Tensor):
+        return (tuple(map(str, value.shape)), tuple(map(str, value.stride())), value.dtype, value.device)
+    return str(value) if isinstance(value, torch.SymInt) else (type(value), repr(value))
+
+
+def _trace(entry: Callable[..., Any], values: Sequence[Any], args: Sequence[Any]) -> fx.GraphModule:
+    """The aten graph of `entry`, whose inputs are those arguments that are graph nodes."""
+    dynamic = [index for index, argument in enumerate(args) if isinstance(argument, fx.Node)]
+
+    def call(*inputs: Any) -> Any:
+        filled = list(values)
+        for index, given in zip(dynamic, inputs, strict=True):
+            filled[index] = given
+        return entry(*filled)
+
+    inputs = [values[index] for index in dynamic]
+    fake_mode = detect_fake_mode(inputs)
+    assert fake_mode is not None, "the graph carries no fake tensors"
+    with fake_mode, enable_python_dispatcher():
+        module = make_fx(call, decomposition_table=select_decomp_table(), tracing_mode="real")(*inputs)
+    module.graph.eliminate_dead_code()
+    return module
