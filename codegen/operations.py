@@ -84,6 +84,13 @@ def _launch(
         )
 
 
+def _in_memory_order(x: Tensor) -> Tensor:
+    """The elements of a tensor of any shape as a matrix; no copy of a tensor that fills its memory, however arranged."""
+    if x.dim() < 2:
+        return x.reshape(1, -1)
+    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).flatten(0, -2)
+
+
 def hadamard(x: Tensor, signs: Sequence[int]) -> Tensor:
     rotated = x.new_empty((*x.shape[:-1], padded(x.shape[-1])), dtype=torch.bfloat16)
     _launch(kernels.hadamard_kernel, x, (rotated,), signs)
@@ -92,6 +99,8 @@ def hadamard(x: Tensor, signs: Sequence[int]) -> Tensor:
 
 def amax(x: Tensor, signs: Sequence[int] | None = None) -> Tensor:
     bits = x.new_zeros((), dtype=torch.int32)
+    if signs is None:
+        x = _in_memory_order(x)
     _launch(kernels.amax_kernel, x, (bits,), signs, ROTATED=signs is not None)
     return bits.view(torch.float32)
 

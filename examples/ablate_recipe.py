@@ -46,7 +46,7 @@ def main() -> None:
     corpus = data.load(arguments.data, minimum=settings.minimum_bytes)
     about = {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": commit(),
+        "commit": arguments.commit or commit(),
         **environment.describe(device),
         "text": f"{corpus.source}, {corpus.files} files, {len(corpus.train):,} + {len(corpus.validation):,} bytes",
     }
@@ -68,6 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model-size", help="tiny, small, medium or large")
     parser.add_argument("--data", type=Path, help="a folder of text; the Python standard library by default")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--commit", help="what to record where this is no git checkout")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     return parser.parse_args()
 

@@ -161,6 +161,13 @@ def test_empty_tensors(device: torch.device, shape: tuple[int, ...]) -> None:
     assert operations.HADAMARD(x, DEFAULT_SIGNS).shape == (*shape[:-1], columns)
 
 
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4, 33), (2, 3, 4, 17), (2, 0, 3, 4)])
+def test_amax_of_any_shape(device: torch.device, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    for turned in (x, x.permute(tuple(reversed(range(x.dim())))), x.mT if x.dim() > 1 else x):
+        assert torch.equal(operations.AMAX(turned).cpu(), dialect.AMAX(x.cpu()))
+
+
 @pytest.mark.parametrize("batch", [(), (2,)])
 def test_packed_operands_need_not_be_contiguous(device: torch.device, batch: tuple[int, ...]) -> None:
     x = torch.randn(*batch, 32, 40, generator=torch.Generator().manual_seed(3))
