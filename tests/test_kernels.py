@@ -125,6 +125,15 @@ def test_dequantize_compiles(capability: int, tmp_path: Path) -> None:
     check_assembly(compiled(kernels.dequantize_kernel, capability, ROW_TILE), tmp_path)
 
 
+@pytest.mark.parametrize("one", ["rows", "columns", "batch_stride"])
+def test_a_size_of_one_compiles(one: str, tmp_path: Path) -> None:
+    """Triton makes a constant of every int that is 1, and constants lack a tensor's methods."""
+    kind: dict[str, Any] = {"ROTATED": True, "TILED": True, "STOCHASTIC": True, one: 1}
+    check_assembly(compiled(kernels.quantize_kernel, 80, ROW_TILE, **kind), tmp_path)
+    if one != "batch_stride":
+        check_assembly(compiled(kernels.dequantize_kernel, 80, ROW_TILE, **{one: 1}), tmp_path)
+
+
 @pytest.mark.parametrize("tile", [ROW_TILE, COLUMN_TILE], ids=["rows", "columns"])
 def test_threads_hold_whole_blocks(tile: Tile) -> None:
     """Rotation and random bytes of a block need no exchange between threads, and loads are as wide as they can be."""
