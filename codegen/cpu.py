@@ -100,8 +100,10 @@ def _compiled(function: FunctionType, kind: Hashable) -> Callable[..., Any]:
 def _call(function: FunctionType, x: Tensor, *others: Any) -> Any:
     settings = tuple(tuple(value) for value in others if isinstance(value, (list, str)))
     compiled = _compiled(function, (x.dtype, x.dim(), x.stride(-1) == 1, settings))
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        return compiled(x, *others)
+    # One state of autograd in forward and backward, and no Parameter, whose sizes Dynamo takes for constants: each
+    # would be compiled anew.
+    with torch.no_grad(), torch._C._AutoDispatchBelowADInplaceOrView(), torch.autocast("cpu", enabled=False):
+        return compiled(x.detach(), *others)
 
 
 def _run_hadamard(x: Tensor, signs: Sequence[int]) -> Tensor:
