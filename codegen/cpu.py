@@ -1,6 +1,7 @@
 """What the dialect becomes on a CPU: the reference functions, compiled by Inductor once for each kind of operand.
 
-A model has hundreds of operands but few kinds of them. Inlining the arithmetic at every site would make Inductor compile it
+A model has hundreds of operands but few kinds of them. Inlining the arithmetic at every site would make Inductor
+compile it
 hundreds of times; an `nvfp4_cpu::` operation that calls one compiled function, with dynamic sizes, costs microseconds
 instead. The functions are compiled when they are first needed, and kept in Inductor's cache on disk.
 """
@@ -8,7 +9,7 @@ instead. The functions are compiled when they are first needed, and kept in Indu
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache
+from functools import cache
 from types import FunctionType
 from typing import Any
 
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor
 
 from nvfp4c import dialect, numerics
-from nvfp4c.formats import padded
+from nvfp4c.formats import BLOCK, padded
 
 LIBRARY = torch.library.Library("nvfp4_cpu", "DEF")
 
-EXACT = {"emulate_precision_casts": True}
+EXACT: dict[str, str | int | bool | Callable[..., Any]] = {"emulate_precision_casts": True}
 """Inductor would else drop a rounding to BF16 that is followed by a conversion back to FP32."""
 
 
@@ -87,7 +88,7 @@ def _dequantize(codes: Tensor, scales: Tensor, k: int) -> Tensor:
     return dialect.dequantize(codes, scales, None, k, torch.float32).contiguous()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compiled(function: FunctionType, kind: Hashable) -> Callable[..., Any]:
     """`function` compiled for one kind of arguments. Each kind gets a code object of its own: Dynamo counts
     recompilations by code object, and gives up compiling one that has too many."""
@@ -97,9 +98,18 @@ def _compiled(function: FunctionType, kind: Hashable) -> Callable[..., Any]:
     return torch.compile(copy, dynamic=True, fullgraph=True, options=EXACT)
 
 
-def _call(function: FunctionType, x: Tensor, *others: Any) -> Any:
+def _kind(x: Tensor, others: Sequence[Any]) -> Hashable:
+    """All that compiled code depends on although sizes are dynamic: 0 and 1 are constants, and the arithmetic asks
+    whether there is one block, whether all are whole, and whether memory is without gaps."""
     settings = tuple(tuple(value) for value in others if isinstance(value, (list, str)))
-    compiled = _compiled(function, (x.dtype, x.dim(), x.stride(-1) == 1, settings))
+    few = tuple(min(size, 2) for size in (*x.shape, *(value for value in others if isinstance(value, int))))
+    blocks = tuple((size > BLOCK, size % BLOCK == 0) for size in x.shape[-2:])
+    return x.dtype, settings, few, blocks, x.stride(-1) == 1, x.is_contiguous(), x.mT.is_contiguous()
+
+
+def _call(function: Callable[..., Any], x: Tensor, *others: Any) -> Any:
+    assert isinstance(function, FunctionType)
+    compiled = _compiled(function, _kind(x, others))
     # One state of autograd in forward and backward, and no Parameter, whose sizes Dynamo takes for constants: each
     # would be compiled anew.
     with torch.no_grad(), torch._C._AutoDispatchBelowADInplaceOrView(), torch.autocast("cpu", enabled=False):

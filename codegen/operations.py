@@ -85,7 +85,8 @@ def _launch(
 
 
 def _in_memory_order(x: Tensor) -> Tensor:
-    """The elements of a tensor of any shape as a matrix; no copy of a tensor that fills its memory, however arranged."""
+    """The elements of a tensor of any shape as a matrix; no copy of a tensor that fills its memory, however
+    arranged."""
     if x.dim() < 2:
         return x.reshape(1, -1)
     return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).flatten(0, -2)

@@ -2,8 +2,8 @@
 
     model = torch.compile(model, backend="nvfp4")
 
-needs no import of this package. What is here serves those who want to see or steer its decisions. Names are imported when
-they are first used, so that the command line starts without PyTorch.
+needs no import of this package. What is here serves those who want to see or steer its decisions. Names are imported
+when they are first used, so that the command line starts without PyTorch.
 """
 
 from __future__ import annotations

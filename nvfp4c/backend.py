@@ -1,7 +1,7 @@
 """The Dynamo backend: `torch.compile(model, backend="nvfp4")`.
 
-Inductor does the compiling. It is handed two passes: one rewrites the joint forward and backward graph, where the roles of
-matmuls are still visible, and one lowers each of the two graphs after the partitioner has cut it.
+Inductor does the compiling. It is handed two passes: one rewrites the joint forward and backward graph, where the
+roles of matmuls are still visible, and one lowers each of the two graphs after the partitioner has cut it.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def compile_graph(
         patches["joint_custom_pre_pass"] = GraphPass("joint", joint, key, observers)
         lower = pipeline.lowering(targets.kernel_table(target))
         patches["post_grad_custom_pre_pass"] = GraphPass("lower", lower, key, observers)
-    return compile_fx(gm, list(example_inputs), config_patches=patches)
+    compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[assignment]
+    return compiled
 
 
 def device_of(inputs: Iterable[object]) -> torch.device:

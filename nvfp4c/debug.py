@@ -1,7 +1,8 @@
 """Two environment variables for looking inside: NVFP4C_DEBUG=0..4 (how much to say) and NVFP4C_DUMP=folder.
 
 1: one line a graph. 2: every decision and its reason. 3: how each pass changed the graph. 4: the graph after each pass.
-With NVFP4C_DUMP each graph gets a folder with one numbered text file a pass, so that neighbours can be compared with diff.
+With NVFP4C_DUMP each graph gets a folder with one numbered text file a pass, so that neighbours can be compared with
+diff.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import torch
 from torch import fx
 
 from nvfp4c.dialect import Stage, assignment_of, matmul_of
@@ -45,7 +47,7 @@ def readable(graph: fx.Graph) -> str:
 
 def _shape(node: fx.Node) -> str:
     value = node.meta.get("val")
-    return f"  {str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if hasattr(value, "shape") else ""
+    return f"  {str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
 
 
 class GraphLog:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -259,6 +260,11 @@ SCALED_MM = torch.ops.nvfp4.scaled_mm.default
 OPERATIONS: frozenset[Target] = frozenset({HADAMARD, AMAX, QUANTIZE, TRANSPOSE, DEQUANTIZE, SCALED_MM})
 
 
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """A node's arguments. What each of them is follows from the operation, which FX's own type cannot say."""
+    return node.args
+
+
 def is_dialect(node: fx.Node) -> bool:
     """Whether a node is one of the `nvfp4::` operations."""
     return node.op == "call_function" and node.target in OPERATIONS
@@ -282,7 +288,8 @@ class KernelTable:
 
     Each entry is a function of tensors that `make_fx` can trace: plain aten, or a call of an operation of the
     target's own. Arguments are those of the dialect operation of the same name.
-    `operand` is quantize followed by dequantize, for an operand whose packed form nobody needs; None where there is none.
+    `operand` is quantize followed by dequantize, for an operand whose packed form nobody needs; None where there is
+    none.
     `dequantize` and `operand` return code * scale in `operand_dtype` (exact in BF16), without the global factor.
     `product` multiplies two dequantised operands [.., M, K] and [.., N, K] and returns float32 [.., M, N].
     names: what `explain` calls each entry.

@@ -16,7 +16,7 @@ from nvfp4c import pipeline
 from nvfp4c.backend import device_of
 from nvfp4c.capture import capture
 from nvfp4c.codegen import targets
-from nvfp4c.dialect import Assignment, Operand, Quantization, Role, assignment_of, matmul_of
+from nvfp4c.dialect import Assignment, Operand, Quantization, Role, arguments, assignment_of, matmul_of
 from nvfp4c.passes.classify import operand_places
 
 
@@ -158,7 +158,7 @@ def sizes(node: fx.Node) -> tuple[int, int, int]:
     """(M, N, K) of a matmul node, a batch counted in M; symbolic sizes at their example values."""
     places = operand_places(node)
     assert places is not None
-    left, right = (node.args[place].meta["val"] for place in places)
+    left, right = (arguments(node)[place].meta["val"] for place in places)
     output = node.meta["val"]
     if left.dim() == 4:  # a 1x1 convolution: channels are contracted
         shape = (output.numel() // output.shape[1], output.shape[1], left.shape[1])

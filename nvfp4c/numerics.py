@@ -217,7 +217,8 @@ def quantize(
     """Quantise a matrix along its last axis.
 
     x: [M, K] of float32, bfloat16 or float16. block: (1, 16) or (16, 16). signs: rotate first, with these signs.
-    random_bits: uint8 [M, ceil16(K)], needed for and only for stochastic rounding. Raises NumericsError for anything else.
+    random_bits: uint8 [M, ceil16(K)], needed for and only for stochastic rounding. Raises NumericsError for anything
+    else.
     """
     _check_matrix(x)
     if block not in (ROW_BLOCK, TILE_BLOCK):

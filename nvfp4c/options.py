@@ -10,7 +10,7 @@ import torch
 from nvfp4c import plan as plans
 from nvfp4c import recipe as recipes
 from nvfp4c.errors import OptionError, TargetError, nearest
-from nvfp4c.plan import PrecisionPlan
+from nvfp4c.plan import EMPTY_PLAN, PrecisionPlan
 from nvfp4c.recipe import DEFAULT_RECIPE, Recipe
 
 OPTIONS = ("recipe", "plan", "target")
@@ -23,7 +23,7 @@ class Options:
     """recipe: what to do. plan: where. target: "auto" or a target's name. mode: what it means for Inductor."""
 
     recipe: Recipe = recipes.RECIPES[DEFAULT_RECIPE]
-    plan: PrecisionPlan = PrecisionPlan()
+    plan: PrecisionPlan = EMPTY_PLAN
     target: str = "auto"
     mode: str = "default"
 

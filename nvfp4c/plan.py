@@ -69,6 +69,10 @@ class PrecisionPlan:
         write_text(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
 
 
+EMPTY_PLAN = PrecisionPlan()
+"""Leaves everything to the recipe."""
+
+
 def from_rules(rules: Mapping[str, object], where: str = "plan", provenance: object = None) -> PrecisionPlan:
     """A plan from `{pattern: precision or {role: precision}}`. Raises PlanError saying which entry is wrong."""
     if not isinstance(rules, Mapping):
@@ -113,7 +117,7 @@ def load(path: str | Path) -> PrecisionPlan:
 def get(plan: object) -> PrecisionPlan:
     """The plan given, read from a path, or made from a mapping of rules; None is the empty plan."""
     if plan is None:
-        return PrecisionPlan()
+        return EMPTY_PLAN
     if isinstance(plan, PrecisionPlan):
         return plan
     if isinstance(plan, (str, Path)):

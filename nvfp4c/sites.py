@@ -56,6 +56,10 @@ class ModelNames:
         return dotted(path) if name is None else name
 
 
+ARGUMENT = re.compile(r"L\['(\w+)'\]((\[[^\]]+\])*)")
+"""How Dynamo reaches an argument, or another local variable, of the function that it compiles, or an item of one."""
+
+
 def dotted(expression: str) -> str:
     """`L['model']._modules['layers'][0].fc` to `layers.0.fc`: how Dynamo reaches something, as a path in its model."""
     text = re.sub(r"^[LG]\['\w+'\](.*\.cell_contents)?", "", expression)
@@ -104,16 +108,31 @@ def names_of(gm: fx.GraphModule, inputs: Iterable[object], root: nn.Module | Non
             if parameter.dim() >= 2
         )
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    described = tuple(_describe(node, value, known) for node, value in zip(placeholders, inputs, strict=True))
+    found = [(_source(node), node.name, value) for node, value in zip(placeholders, inputs, strict=True)]
+    arguments_are_data = any(_is_held(source, value) for source, _, value in found)
+    described = tuple(_describe(*each, known, arguments_are_data) for each in found)
     return ModelNames(described, modules, weights)
 
 
-def _describe(placeholder: fx.Node, value: object, known: Mapping[int, list[str]]) -> GraphInput:
+def _source(placeholder: fx.Node) -> str:
+    """The expression by which Dynamo reaches an input, "" where it is not known."""
+    name = getattr(getattr(placeholder.meta.get("grapharg"), "source", None), "name", "")
+    return name() if callable(name) else name
+
+
+def _is_held(source: str, value: object) -> bool:
+    """Whether a module holds an input as its parameter or buffer."""
+    return isinstance(value, nn.Parameter) or "_parameters[" in source or "_buffers[" in source
+
+
+def _describe(
+    source: str, placeholder: str, value: object, known: Mapping[int, list[str]], arguments_are_data: bool
+) -> GraphInput:
+    """A tensor counts as a weight when a module holds it, or when it is trained. A function's own arguments are its
+    weights only where no module has any: elsewhere they are data, whose gradient somebody wants."""
     if not isinstance(value, torch.Tensor):
         return GraphInput((), False)
-    source = getattr(getattr(placeholder.meta.get("grapharg"), "source", None), "name", "")
-    source = source() if callable(source) else source
-    held = "_parameters[" in source or "_buffers[" in source
-    names = tuple(known.get(id(value), ())) or ((dotted(source),) if source else (placeholder.name,))
-    trained = value.requires_grad and value.is_leaf
-    return GraphInput(names, isinstance(value, torch.nn.Parameter) or held or trained)
+    argument = ARGUMENT.fullmatch(source)
+    name = dotted(argument[1] + argument[2]) if argument else dotted(source) or placeholder
+    trained = value.requires_grad and value.is_leaf and not (argument and arguments_are_data)
+    return GraphInput(tuple(known.get(id(value), ())) or (name,), _is_held(source, value) or trained)

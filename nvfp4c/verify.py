@@ -19,6 +19,7 @@ from nvfp4c.dialect import (
     SCALED_MM,
     TRANSPOSE,
     Stage,
+    arguments,
     assignment_of,
     is_dialect,
     matmul_of,
@@ -60,7 +61,7 @@ def verify(graph: fx.Graph, stage: Stage) -> None:
         if node.target is SCALED_MM:
             _check_scaled_mm(node, stage)
         if node.target in MATMULS and stage is Stage.ROTATED:
-            _check_rotation(node, stage, _rotation_signs(node.args[-2]), _rotation_signs(node.args[-1]))
+            _check_rotation(node, stage, _rotation_signs(arguments(node)[-2]), _rotation_signs(arguments(node)[-1]))
 
 
 def _fail(node: fx.Node, stage: Stage, what: str) -> VerifyError:
@@ -92,12 +93,12 @@ def _check_value(node: fx.Node, stage: Stage) -> None:
     """The stored value must be what the operation gives on the stored values of its arguments."""
     if "val" not in node.meta:
         raise _fail(node, stage, "no stored value")
-    args = tree_map(lambda leaf: leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf, tuple(node.args))
+    args = tree_map(lambda leaf: leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf, tuple(arguments(node)))
     fake_mode = detect_fake_mode([leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)])
     if fake_mode is None:
         return
     with fake_mode:
-        derived = node.target(*args, **node.kwargs)
+        derived = node.target(*args, **node.kwargs)  # type: ignore[operator]
     pairs = zip(tree_leaves(derived), tree_leaves(node.meta["val"]), strict=True)
     for expected, stored in pairs:
         if (_shape(expected), expected.dtype, expected.device) != (_shape(stored), stored.dtype, stored.device):
@@ -111,7 +112,7 @@ def _shape(tensor: Tensor) -> tuple[str, ...]:
 
 
 def _check_scaled_mm(node: fx.Node, stage: Stage) -> None:
-    a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, k = node.args[:7]
+    a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, k = arguments(node)[:7]
     length = k.meta["val"] if isinstance(k, fx.Node) else k
     for side, codes, scales, amax in (("left", a_codes, a_scales, a_amax), ("right", b_codes, b_scales, b_amax)):
         if str(codes.meta["val"].shape[-1] * 2) != str(padded(length)):
@@ -119,7 +120,7 @@ def _check_scaled_mm(node: fx.Node, stage: Stage) -> None:
         maker = _maker(codes)
         if maker is not _maker(scales):
             raise _fail(node, stage, f"{side} codes and scales come from different quantisations")
-        if maker is not None and maker.target is QUANTIZE and maker.args[1] is not amax:
+        if maker is not None and maker.target is QUANTIZE and arguments(maker)[1] is not amax:
             raise _fail(node, stage, f"{side} operand was quantised with another amax")
     left, right = _maker(a_codes), _maker(b_codes)
     if left is not None and right is not None:
@@ -133,18 +134,18 @@ def _check_rotation(node: fx.Node, stage: Stage, left: Sequence[int] | None, rig
 
 def _maker(item: fx.Node) -> fx.Node | None:
     """The quantisation that an operand's codes or scales are an item of; None across a graph's boundary."""
-    return item.args[0] if item.target is operator.getitem else None  # type: ignore[return-value]
+    return arguments(item)[0] if item.target is operator.getitem else None
 
 
 def _quantize_signs(maker: fx.Node) -> list[int] | None:
     """Signs that a quantisation's operand is rotated with, by itself or before it."""
     if maker.target is not QUANTIZE:
         return None
-    own = maker.args[4] if len(maker.args) > 4 else None
-    return list(own) if own is not None else _rotation_signs(maker.args[0])
+    own = arguments(maker)[4] if len(arguments(maker)) > 4 else None
+    return list(own) if own is not None else _rotation_signs(arguments(maker)[0])
 
 
 def _rotation_signs(operand: fx.Node) -> list[int] | None:
     """Signs of the transform that an operand, or what it is the transpose of, was made by."""
-    source = operand.args[0] if operand.target in (aten.permute.default, aten.t.default) else operand
-    return list(source.args[1]) if source.target is HADAMARD else None
+    source = arguments(operand)[0] if operand.target in (aten.permute.default, aten.t.default) else operand
+    return list(arguments(source)[1]) if source.target is HADAMARD else None

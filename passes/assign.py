@@ -14,16 +14,16 @@ from torch import fx
 from nvfp4c.dialect import ASSIGNMENT, Assignment, Matmul, Operand, Quantization, matmul_of
 from nvfp4c.formats import ROW_BLOCK
 from nvfp4c.passes.matmul_graph import block_counts, block_of, heads, matmul_graph
-from nvfp4c.plan import PrecisionPlan
+from nvfp4c.plan import EMPTY_PLAN, PrecisionPlan
 from nvfp4c.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Assign:
-    """Write an `Assignment` beside every `Matmul`. model_sites: names of all the model's weights, to count blocks by."""
+    """Write an `Assignment` beside every `Matmul`. model_sites: names of all the model's weights, to count blocks."""
 
     recipe: Recipe
-    plan: PrecisionPlan = PrecisionPlan()
+    plan: PrecisionPlan = EMPTY_PLAN
     model_sites: tuple[str, ...] = ()
 
     def __call__(self, graph: fx.Graph) -> fx.Graph:

@@ -9,15 +9,16 @@ Only metadata is written. A matmul that cannot run in FP4 is classified too, wit
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from nvfp4c.dialect import MATMUL, Matmul, Operand, Role
+from nvfp4c.dialect import MATMUL, Matmul, Operand, Role, arguments
 from nvfp4c.formats import QUANTIZABLE_DTYPES
-from nvfp4c.passes.graph_edit import SHAPE_OPS
+from nvfp4c.passes.graph_edit import SHAPE_OPS, backward_nodes
 from nvfp4c.sites import GraphInput, ModelNames, site_name
 
 aten = torch.ops.aten
@@ -55,29 +56,20 @@ DERIVING_OPS = SHAPE_OPS | {
 
 def origin(node: fx.Node) -> fx.Node:
     """The tensor that an operand was cut, cast or rearranged from."""
-    while node.op == "call_function" and (node.target in DERIVING_OPS or _is_getitem(node)):
-        first = node.args[0]
-        assert isinstance(first, fx.Node)
-        node = first
+    while node.target in DERIVING_OPS or (
+        node.target is operator.getitem and arguments(node)[0].target in DERIVING_OPS
+    ):
+        node = arguments(node)[0]
     return node
-
-
-def _is_getitem(node: fx.Node) -> bool:
-    return getattr(node.target, "__name__", "") == "getitem" and origin_is_split(node.args[0])
-
-
-def origin_is_split(node: object) -> bool:
-    """Whether a node gives the parts of one tensor, so that an item of it is such a part."""
-    return isinstance(node, fx.Node) and node.target in DERIVING_OPS
 
 
 @dataclass(frozen=True)
 class _Forward:
-    """A forward matmul with a weight, as its backward matmuls are recognised by."""
+    """What backward matmuls are recognised by: a forward matmul, and its weight and input where it has a weight."""
 
-    site: str
-    weight: fx.Node
-    input: fx.Node
+    matmul: Matmul
+    weight: fx.Node | None
+    input: fx.Node | None
     seq_nr: int | None
 
 
@@ -89,6 +81,7 @@ class Classify:
 
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         inputs = self._inputs(graph)
+        backward = backward_nodes(graph)
         uses: Counter[str] = Counter()
         forwards: list[_Forward] = []
         for node in graph.nodes:
@@ -97,11 +90,12 @@ class Classify:
             places = operand_places(node)
             if places is None:
                 continue
-            operands = (node.args[places[0]], node.args[places[1]])
-            if node.meta.get("partitioner_tag") == "is_backward":
+            operands = (arguments(node)[places[0]], arguments(node)[places[1]])
+            if node in backward:
                 node.meta[MATMUL] = self._backward(node, operands, forwards)
             else:
-                node.meta[MATMUL] = self._forward(node, operands, inputs, uses, forwards)
+                forwards.append(self._forward(node, operands, inputs, uses))
+                node.meta[MATMUL] = forwards[-1].matmul
         return graph
 
     def _inputs(self, graph: fx.Graph) -> dict[fx.Node, GraphInput]:
@@ -114,8 +108,7 @@ class Classify:
         operands: tuple[fx.Node, fx.Node],
         inputs: dict[fx.Node, GraphInput],
         uses: Counter[str],
-        forwards: list[_Forward],
-    ) -> Matmul:
+    ) -> _Forward:
         origins = tuple(origin(operand) for operand in operands)
         weights = [index for index in (0, 1) if origins[index] in inputs and inputs[origins[index]].is_weight]
         weight = origins[weights[0]] if weights else None
@@ -124,31 +117,37 @@ class Classify:
         if uses[site] > 1:
             site = f"{site}#{uses[site] - 1}"
         obstacle = obstacle_of(node, operands)
+        seq_nr = node.meta.get("seq_nr")
         if weight is None or len(weights) == 2:
             what = "no weight: a product of two activations" if weight is None else "a product of two weights"
-            return Matmul(site, Role.FPROP, (Operand.INPUT, Operand.INPUT), obstacle or what)
-        forwards.append(_Forward(site, weight, origins[1 - weights[0]], node.meta.get("seq_nr")))
+            matmul = Matmul(site, Role.FPROP, (Operand.INPUT, Operand.INPUT), obstacle or what)
+            return _Forward(matmul, None, None, seq_nr)
         kinds = (Operand.WEIGHT, Operand.INPUT) if weights[0] == 0 else (Operand.INPUT, Operand.WEIGHT)
-        return Matmul(site, Role.FPROP, kinds, obstacle)
+        return _Forward(Matmul(site, Role.FPROP, kinds, obstacle), weight, origins[1 - weights[0]], seq_nr)
 
     def _backward(self, node: fx.Node, operands: tuple[fx.Node, fx.Node], forwards: list[_Forward]) -> Matmul:
+        """The layer is the forward matmul of the same autograd node; where none is known, one with the same weight."""
         origins = tuple(origin(operand) for operand in operands)
         obstacle = obstacle_of(node, operands)
         same_layer = [forward for forward in forwards if forward.seq_nr == node.meta.get("seq_nr")]
         for forward in same_layer or forwards:
-            for index in (0, 1):
-                if origins[index] is forward.weight:
-                    return Matmul(forward.site, Role.DGRAD, _kinds(Operand.WEIGHT, index), obstacle)
-            for index in (0, 1):
-                if origins[index] is forward.input and same_layer:
-                    return Matmul(forward.site, Role.WGRAD, _kinds(Operand.INPUT, index), obstacle)
-        site = site_name(self.names.module_of(node), ())
-        reason = obstacle or "no weight: gradient of a product of two activations"
+            weight = origins.index(forward.weight) if forward.weight in origins else None
+            read = origins.index(forward.input) if same_layer and forward.input in origins else None
+            site = forward.matmul.site
+            if weight is not None and read is not None:  # computed again by a custom backward
+                return Matmul(site, Role.FPROP, _kinds(Operand.WEIGHT, weight, Operand.INPUT), obstacle)
+            if weight is not None:
+                return Matmul(site, Role.DGRAD, _kinds(Operand.WEIGHT, weight), obstacle)
+            if read is not None:
+                return Matmul(site, Role.WGRAD, _kinds(Operand.INPUT, read), obstacle)
+        site = same_layer[0].matmul.site if same_layer else site_name(self.names.module_of(node), ())
+        reason = same_layer[0].matmul.obstacle if same_layer else None
+        reason = obstacle or reason or "no weight: gradient of a product of two activations"
         return Matmul(site, Role.DGRAD, (Operand.GRADIENT, Operand.GRADIENT), reason)
 
 
-def _kinds(known: Operand, index: int) -> tuple[Operand, Operand]:
-    return (known, Operand.GRADIENT) if index == 0 else (Operand.GRADIENT, known)
+def _kinds(known: Operand, index: int, other: Operand = Operand.GRADIENT) -> tuple[Operand, Operand]:
+    return (known, other) if index == 0 else (other, known)
 
 
 def operand_places(node: fx.Node) -> tuple[int, int] | None:
@@ -164,7 +163,7 @@ def operand_places(node: fx.Node) -> tuple[int, int] | None:
 
 def _is_pointwise(node: fx.Node) -> bool:
     """Whether a convolution has a 1x1 kernel: a matmul over channels."""
-    return all(isinstance(size, int) and size == 1 for size in node.args[1].meta["val"].shape[2:])
+    return all(isinstance(size, int) and size == 1 for size in arguments(node)[1].meta["val"].shape[2:])
 
 
 def obstacle_of(node: fx.Node, operands: tuple[fx.Node, fx.Node]) -> str | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from nvfp4c.dialect import AMAX, HADAMARD, QUANTIZE
+from nvfp4c.dialect import AMAX, HADAMARD, QUANTIZE, arguments
 
 SIGNS_PLACE = {AMAX: 1, QUANTIZE: 4}
 """Which argument of an operation is the signs of its own rotation."""
@@ -25,10 +25,10 @@ def fuse(graph: fx.Graph) -> fx.Graph:
     for node in list(graph.nodes):
         if node.target is not HADAMARD or any(user.target not in SIGNS_PLACE for user in node.users):
             continue
-        source, signs = node.args
+        source, signs = arguments(node)
         for user in list(node.users):
             place = SIGNS_PLACE[user.target]
-            args = [source, *user.args[1:]]
+            args = [source, *arguments(user)[1:]]
             args += [None] * (place + 1 - len(args))
             args[place] = signs
             user.args = tuple(args)

@@ -11,6 +11,8 @@ from torch._guards import detect_fake_mode
 from torch.fx.node import Target
 from torch.utils._pytree import tree_map
 
+from nvfp4c.dialect import arguments
+
 aten = torch.ops.aten
 
 ORIGIN_META = (
@@ -45,6 +47,23 @@ SHAPE_OPS = frozenset(
 """Operations that only arrange the same elements anew."""
 
 
+def backward_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The nodes of a joint graph that belong to its backward; none in a graph without tangents.
+
+    The backward of a custom `autograd.Function` carries no tag, so it is what is not tagged as forward.
+    """
+    backward = frozenset(
+        node
+        for node in graph.nodes
+        if node.op != "output" and node.meta.get("partitioner_tag") not in ("is_forward", "must_be_in_forward")
+    )
+    return backward if any(node.op == "placeholder" and _is_tangent(node) for node in graph.nodes) else frozenset()
+
+
+def _is_tangent(placeholder: fx.Node) -> bool:
+    return placeholder.meta.get("partitioner_tag") == "is_backward"
+
+
 def value(node: Any) -> Any:
     """What a node holds at trace time (a fake tensor or symbolic size); anything else as it is."""
     return tree_map(lambda leaf: leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf, node)
@@ -77,14 +96,14 @@ def swapped(node: fx.Node) -> fx.Node | None:
     """What a node is the transpose of, in its last two axes; None if it is no such transpose."""
     if node.target not in (aten.permute.default, aten.t.default, aten.transpose.int):
         return None
-    dims = node.args[0].meta["val"].dim()
+    dims = arguments(node)[0].meta["val"].dim()
     if node.target is aten.permute.default:
-        order = [axis % dims for axis in node.args[1]]
-        return node.args[0] if order == swap_order(dims) else None
+        order = [axis % dims for axis in arguments(node)[1]]
+        return arguments(node)[0] if order == swap_order(dims) else None
     if node.target is aten.transpose.int:
-        axes = {node.args[1] % dims, node.args[2] % dims}
-        return node.args[0] if axes == {dims - 1, dims - 2} else None
-    return node.args[0]
+        axes = {arguments(node)[1] % dims, arguments(node)[2] % dims}
+        return arguments(node)[0] if axes == {dims - 1, dims - 2} else None
+    return arguments(node)[0]
 
 
 def swap_order(dims: int) -> list[int]:
@@ -103,5 +122,5 @@ def transposed(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
 def arrangement_base(node: fx.Node) -> fx.Node:
     """The tensor of which `node` is only an arrangement: it has the same elements, each once."""
     while node.op == "call_function" and node.target in SHAPE_OPS:
-        node = node.args[0]
+        node = arguments(node)[0]
     return node

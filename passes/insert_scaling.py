@@ -8,9 +8,10 @@ becomes
     %wq = nvfp4.quantize(%w, %wa, [16, 16], "nearest")
     %mm = nvfp4.scaled_mm(*%xq, %xa, *%wq, %wa, k, None, torch.bfloat16)
 
-Operands are turned so that both are contracted along their last axis. The amax is taken of the tensor that an operand only
-rearranges, so that all its arrangements share one. Stochastic operands draw from one seed a graph, each from a stream of
-its own. Where a recipe leaves one operand alone, the other is quantised and dequantised again and the matmul stays.
+Operands are turned so that both are contracted along their last axis. The amax is taken of the tensor that an operand
+only rearranges, so that all its arrangements share one. Stochastic operands draw from one seed a graph, each from a
+stream of its own. Where a recipe leaves one operand alone, the other is quantised and dequantised again and the matmul
+stays.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from nvfp4c.dialect import (
     SCALED_MM,
     Assignment,
     Quantization,
+    arguments,
     assignment_of,
 )
 from nvfp4c.passes.classify import OPERAND_PLACES
@@ -88,13 +90,13 @@ def insert_scaling(graph: fx.Graph) -> fx.Graph:
 
 def _quantize_both(quantizer: _Quantizer, node: fx.Node, left: Quantization, right: Quantization) -> None:
     graph = quantizer.graph
-    left_place, right_place = OPERAND_PLACES[node.target]
-    rows = node.args[left_place]
-    columns = transposed(graph, node.args[right_place], node)
+    left_place, right_place = OPERAND_PLACES[node.target]  # type: ignore[index]
+    rows = arguments(node)[left_place]
+    columns = transposed(graph, arguments(node)[right_place], node)
     k = _last_size(graph, rows, node)
     a = quantizer.quantized(rows, left, node)
     b = quantizer.quantized(columns, right, node)
-    bias = node.args[0] if left_place == 1 else None
+    bias = arguments(node)[0] if left_place == 1 else None
     product = insert(graph, SCALED_MM, (*a, *b, k, bias, node.meta["val"].dtype), node)
     for key in (MATMUL, ASSIGNMENT):
         product.meta[key] = node.meta[key]
@@ -104,12 +106,12 @@ def _quantize_both(quantizer: _Quantizer, node: fx.Node, left: Quantization, rig
 
 def _quantize_one(quantizer: _Quantizer, node: fx.Node, assignment: Assignment) -> None:
     graph = quantizer.graph
-    places = OPERAND_PLACES[node.target]
+    places = OPERAND_PLACES[node.target]  # type: ignore[index]
     left = assignment.left is not None
     how = assignment.left or assignment.right
     assert how is not None
     place = places[0] if left else places[1]
-    rows = node.args[place] if left else transposed(graph, node.args[place], node)
+    rows = arguments(node)[place] if left else transposed(graph, arguments(node)[place], node)
     codes, scales, amax = quantizer.quantized(rows, how, node)
     k = _last_size(graph, rows, node)
     values = insert(graph, DEQUANTIZE, (codes, scales, amax, k, rows.meta["val"].dtype), node)

@@ -1,15 +1,15 @@
 """Replace the dialect by what the target runs. FUSED -> LOWERED, on the forward and the backward graph apart.
 
-On targets without native FP4 a scaled matmul becomes a product of dequantised operands, which is exact (code * scale has
-six significant bits, and the sum is FP32):
+On targets without native FP4 a scaled matmul becomes a product of dequantised operands, which is exact (code * scale
+has six significant bits, and the sum is FP32):
     %y = nvfp4.scaled_mm(%ac, %as, %aa, %bc, %bs, %ba, k, None, bf16)
 becomes
     %a = dequantize(%ac, %as, k)        # once for all products that use it
     %b = dequantize(%bc, %bs, k)
     %p = product(%a, %b)                # FP32
     %y = (%p * factor(%aa, %ba)).to(bf16)
-An operand that is quantised in this graph, and whose packed form nobody else needs, is never packed. Transposed tiles are
-read as a transpose of the dequantised operand.
+An operand that is quantised in this graph, and whose packed form nobody else needs, is never packed. Transposed tiles
+are read as a transpose of the dequantised operand.
 
 The entries of the kernel table are traced with `make_fx` once for each distinct argument shape, then copied in.
 """
@@ -27,6 +27,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import Target
 
 from nvfp4c import dialect
 from nvfp4c.dialect import (
@@ -37,6 +38,7 @@ from nvfp4c.dialect import (
     SCALED_MM,
     TRANSPOSE,
     KernelTable,
+    arguments,
     is_dialect,
 )
 from nvfp4c.formats import GLOBAL_MAX
@@ -66,8 +68,8 @@ class Lower:
 class _Lowering:
     """The work on one graph.
 
-    operands: dequantised operands by the codes they came from and their k. traced: table entries by their arguments' shapes. emitted: what
-    the traces call.
+    operands: dequantised operands by the codes they came from and their k. traced: table entries by the shapes of their
+    arguments. emitted: what the traces call.
     """
 
     graph: fx.Graph
@@ -78,38 +80,40 @@ class _Lowering:
 
     def lower(self, node: fx.Node) -> None:
         """Replace one node. Quantisations whose codes only feed products here wait until a product asks for them."""
-        entry = {HADAMARD: self.table.hadamard, AMAX: self.table.amax, DEQUANTIZE: self._dequantize_fully}.get(
-            node.target
-        )
+        entries: dict[Target, Callable[..., Any]] = {
+            HADAMARD: self.table.hadamard,
+            AMAX: self.table.amax,
+            DEQUANTIZE: self._dequantize_fully,
+        }
         with self.graph.inserting_before(node):
             if node.target is SCALED_MM:
                 self._replace(node, self._scaled_mm(node))
-            elif entry is not None:
-                self._replace(node, self._emit(entry, node.args, node))
+            elif node.target in entries:
+                self._replace(node, self._emit(entries[node.target], arguments(node), node))
 
     def finish(self) -> None:
         """Emit the packed forms that are needed after all, then drop what nobody reads."""
         for node in reversed(self.graph.nodes):
             if (node.target in (QUANTIZE, TRANSPOSE) and not node.users) or (
-                node.target is operator.getitem and not node.users and is_dialect(node.args[0])
+                node.target is operator.getitem and not node.users and is_dialect(arguments(node)[0])
             ):
                 self.graph.erase_node(node)
         for node in list(self.graph.nodes):
             if node.target in (QUANTIZE, TRANSPOSE):
                 with self.graph.inserting_before(node):
                     if node.target is QUANTIZE:
-                        parts = self._emit(self.table.quantize, node.args, node)
+                        parts = self._emit(self.table.quantize, arguments(node), node)
                     else:
-                        parts = self._emit(dialect.transpose, node.args, node)
+                        parts = self._emit(dialect.transpose, arguments(node), node)
                 for item in list(node.users):
-                    item.replace_all_uses_with(parts[item.args[1]])
+                    item.replace_all_uses_with(parts[arguments(item)[1]])
                     self.graph.erase_node(item)
                 self.graph.erase_node(node)
         merge_equal(self.graph, frozenset(self.emitted))
         self.graph.eliminate_dead_code()
 
     def _scaled_mm(self, node: fx.Node) -> fx.Node:
-        a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, k, bias, dtype = node.args
+        a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, k, bias, dtype = arguments(node)
         a = self._operand(a_codes, a_scales, k, node)
         b = self._operand(b_codes, b_scales, k, node)
         product = self._emit(self.table.product, (a, b), node)
@@ -123,12 +127,13 @@ class _Lowering:
         return self.operands[key]
 
     def _new_operand(self, codes: fx.Node, scales: fx.Node, k: Any, like: fx.Node) -> fx.Node:
-        maker = codes.args[0] if codes.target is operator.getitem else None
+        maker = arguments(codes)[0] if codes.target is operator.getitem else None
         if isinstance(maker, fx.Node) and maker.target is TRANSPOSE:
-            source = self._operand(*maker.args, like)
+            source_codes, source_scales, source_k = arguments(maker)
+            source = self._operand(source_codes, source_scales, source_k, like)
             return insert(self.graph, aten.permute.default, (source, swap_order(source.meta["val"].dim())), like)
         if isinstance(maker, fx.Node) and maker.target is QUANTIZE and self.table.operand is not None:
-            return self._emit(self.table.operand, maker.args, like)
+            return self._emit(self.table.operand, arguments(maker), like)
         if isinstance(maker, fx.Node) and maker.target is QUANTIZE:
             codes, scales = self._packed(maker)
         return self._emit(self.table.dequantize, (codes, scales, k), like)
@@ -149,19 +154,18 @@ class _Lowering:
 
     def _emit(self, entry: Callable[..., Any], args: Sequence[Any], like: fx.Node) -> Any:
         """Copy the traced `entry` into the graph at the insertion point; returns the node or nodes of its result."""
-        arguments = [argument for argument in args if isinstance(argument, fx.Node)]
+        inputs = iter([argument for argument in args if isinstance(argument, fx.Node)])
         values = value(tuple(args))
         key = (entry, tuple(map(_signature, values)))
         if key not in self.traced:
             self.traced[key] = _trace(entry, values, args)
         module = self.traced[key]
         copies: dict[fx.Node, Any] = {}
-        sources = iter(arguments)
         for node in module.graph.nodes:
             if node.op == "placeholder":
-                copies[node] = next(sources)
+                copies[node] = next(inputs)
             elif node.op == "output":
-                return fx.map_arg(node.args[0], lambda inner: copies[inner])
+                return fx.map_arg(arguments(node)[0], lambda inner: copies[inner])
             else:
                 copies[node] = self.graph.node_copy(node, lambda inner: copies[inner])
                 copy_origin(copies[node], like)

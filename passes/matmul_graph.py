@@ -9,6 +9,7 @@ import networkx as nx
 from torch import fx
 
 from nvfp4c.dialect import Operand, Role, matmul_of
+from nvfp4c.passes.graph_edit import backward_nodes
 
 BLOCK_NAME = re.compile(r"^(?P<prefix>(?:[^.]*[^.\d][^.]*\.)*)(?P<index>\d+)\.")
 """`layers.3.mlp.up_proj`: block 3 of the numbered modules below `layers.`."""
@@ -21,8 +22,9 @@ def matmul_graph(graph: fx.Graph) -> nx.DiGraph:
     """
     sites = nx.DiGraph()
     upstream: dict[fx.Node, frozenset[str]] = {}
+    backward = backward_nodes(graph)
     for node in graph.nodes:
-        if node.meta.get("partitioner_tag") == "is_backward":
+        if node in backward:
             continue
         reached = frozenset[str]().union(*(upstream.get(source, frozenset()) for source in node.all_input_nodes))
         found = matmul_of(node)

@@ -1,7 +1,7 @@
 """Tell the partitioner what each new node belongs to: forward or backward, saved or recomputed. FUSED -> FUSED.
 
-- A node that depends on no tangent is a forward node, also when only a weight gradient needs it: then the partitioner may
-  compute it in the forward pass and save packed codes (4.5 bits an element) instead of the tensor itself (16 bits).
+- A node that depends on no tangent is a forward node, also when only a weight gradient needs it: then the partitioner
+  may compute it in the forward pass and save packed codes (4.5 bits an element) instead of the tensor itself (16 bits).
 - A node made from a tensor that activation checkpointing recomputes carries the same tags, so it is not saved instead.
 - A seed is drawn once and saved: drawn again it would give other random bits.
 """
@@ -13,7 +13,8 @@ import operator
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from nvfp4c.dialect import is_dialect
+from nvfp4c.dialect import arguments, is_dialect
+from nvfp4c.passes.graph_edit import backward_nodes
 from nvfp4c.passes.insert_scaling import SEED
 
 CHECKPOINT_META = ("recompute", "ac_graph_id")
@@ -21,28 +22,27 @@ CHECKPOINT_META = ("recompute", "ac_graph_id")
 
 def place(graph: fx.Graph) -> fx.Graph:
     """Set `partitioner_tag`, `recompute` and `ac_graph_id` of the nodes that earlier passes inserted."""
-    from_tangents: set[fx.Node] = set()
+    backward = backward_nodes(graph)
+    from_tangents = {node for node in backward if node.op == "placeholder"}
     for node in graph.nodes:
         if node.op == "placeholder":
-            if node.meta.get("partitioner_tag") == "is_backward":
-                from_tangents.add(node)
             continue
         if any(source in from_tangents for source in node.all_input_nodes):
             from_tangents.add(node)
         elif node.target is SEED:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-        elif _is_inserted(node) and node.meta.get("partitioner_tag") == "is_backward":
+        elif node in backward and _is_inserted(node):
             node.meta["partitioner_tag"] = "is_forward"
             _inherit_checkpoint(node)
     return graph
 
 
 def _is_inserted(node: fx.Node) -> bool:
-    """Whether earlier passes made this node: an operation of the dialect, a part of one, or a transpose that feeds one."""
+    """Whether earlier passes made this node: an operation of the dialect, a part of one, or what only feeds those."""
     if is_dialect(node):
         return True
     if node.target is operator.getitem:
-        return is_dialect(node.args[0])
+        return is_dialect(arguments(node)[0])
     return bool(node.users) and all(is_dialect(user) for user in node.users)
 
 

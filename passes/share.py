@@ -19,7 +19,7 @@ from collections.abc import Hashable
 import torch
 from torch import fx
 
-from nvfp4c.dialect import AMAX, DEQUANTIZE, HADAMARD, QUANTIZE, TRANSPOSE
+from nvfp4c.dialect import AMAX, DEQUANTIZE, HADAMARD, QUANTIZE, TRANSPOSE, arguments
 from nvfp4c.formats import TILE_BLOCK
 from nvfp4c.passes.graph_edit import SHAPE_OPS, insert, swapped
 
@@ -51,7 +51,7 @@ def merge_equal(graph: fx.Graph, mergeable: frozenset[object]) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in mergeable:
             continue
-        key = (node.target, _frozen(node.args), _frozen(node.kwargs))
+        key = (node.target, _frozen(arguments(node)), _frozen(node.kwargs))
         kept = first.setdefault(key, node)
         if kept is not node:
             node.replace_all_uses_with(kept)
@@ -76,14 +76,14 @@ def _transpose_tiles(graph: fx.Graph) -> bool:
     for node in list(graph.nodes):
         if not _is_shareable_tile(node):
             continue
-        source = node.args[0]
+        source = arguments(node)[0]
         other = _turned(tiles, source)
-        if other is None or other.args[1] is not node.args[1]:
+        if other is None or arguments(other)[1] is not arguments(node)[1]:
             tiles.setdefault(source, node)
             continue
         with graph.inserting_before(node):
             parts = [insert(graph, operator.getitem, (other, index), other) for index in (0, 1)]
-            k = insert(graph, aten.sym_size.int, (other.args[0], source.meta["val"].dim() - 1), node)
+            k = insert(graph, aten.sym_size.int, (arguments(other)[0], source.meta["val"].dim() - 1), node)
             size = k.meta["val"]
             turned = insert(graph, TRANSPOSE, (*parts, size if isinstance(size, int) else k), node)
         if isinstance(size, int):
@@ -99,15 +99,15 @@ def _turned(tiles: dict[fx.Node, fx.Node], source: fx.Node) -> fx.Node | None:
     base = swapped(source)
     if base is not None and base in tiles:
         return tiles[base]
-    return next((node for node in tiles.values() if swapped(node.args[0]) is source), None)
+    return next((node for node in tiles.values() if swapped(arguments(node)[0]) is source), None)
 
 
 def _is_shareable_tile(node: fx.Node) -> bool:
     return (
         node.target is QUANTIZE
-        and tuple(node.args[2]) == TILE_BLOCK
-        and node.args[3] == "nearest"
-        and swappable(node.args[0])
+        and tuple(arguments(node)[2]) == TILE_BLOCK
+        and arguments(node)[3] == "nearest"
+        and swappable(arguments(node)[0])
     )
 
 

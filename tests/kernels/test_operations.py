@@ -149,6 +149,13 @@ def test_more_elements_than_an_int32_counts(device: torch.device, layout: str) -
     assert torch.equal(bits(values), bits(dialect.dequantize(*expected, None, x.shape[1], torch.bfloat16)))
 
 
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4, 5)])
+def test_amax_of_tensors_of_other_ranks(device: torch.device, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    turned = x.to(device).permute(*reversed(range(x.dim())))
+    assert torch.equal(bits(operations.AMAX(turned)), bits(dialect.AMAX(x)))
+
+
 @pytest.mark.parametrize("shape", [(0, 32), (5, 0), (0, 3, 16), (2, 0, 17)])
 def test_empty_tensors(device: torch.device, shape: tuple[int, ...]) -> None:
     x = torch.empty(shape, device=device)
