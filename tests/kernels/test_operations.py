@@ -152,7 +152,7 @@ def test_more_elements_than_an_int32_counts(device: torch.device, layout: str) -
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4, 5)])
 def test_amax_of_tensors_of_other_ranks(device: torch.device, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(5))
-    turned = x.to(device).permute(*reversed(range(x.dim())))
+    turned = x.to(device).permute(list(reversed(range(x.dim()))))
     assert torch.equal(bits(operations.AMAX(turned)), bits(dialect.AMAX(x)))
 
 
