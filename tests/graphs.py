@@ -1,0 +1,197 @@
+"""Graphs for tests: writing them as functions, running them, and printing them so that two can be compared."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from nvfp4c import pipeline
+from nvfp4c.capture import CapturedGraph, capture
+from nvfp4c.dialect import ASSIGNMENT, MATMUL, OPERATIONS, Assignment, Matmul, Stage, matmul_of
+from nvfp4c.formats import DEFAULT_SIGNS
+from nvfp4c.passes.insert_scaling import SEED
+from nvfp4c.pipeline import Step
+from nvfp4c.plan import PrecisionPlan
+from nvfp4c.recipe import Recipe
+from nvfp4c.sites import ModelNames
+from nvfp4c.verify import verify
+
+aten = torch.ops.aten
+nvfp4 = torch.ops.nvfp4
+
+SIGNS = list(DEFAULT_SIGNS)
+SEED_VALUE = 20250929
+
+
+def trace(function: Callable[..., Any], *inputs: Tensor | int) -> fx.Graph:
+    """The aten graph of a function of tensors like these, with fake values and with placeholders named as its arguments."""
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(given) if isinstance(given, Tensor) else given for given in inputs]
+        module = make_fx(function, decomposition_table=select_decomp_table())(*fakes)
+    graph = module.graph
+    names = function.__code__.co_varnames
+    for node, name in zip(graph.find_nodes(op="placeholder"), names, strict=False):
+        node.name = node.target = name
+    return graph
+
+
+def text(graph: fx.Graph) -> str:
+    """One line a node, in order. Nodes are numbered by operation, so equal graphs print equally whatever their names."""
+    names: dict[fx.Node, str] = {}
+    counts: Counter[str] = Counter()
+    lines = []
+    for node in graph.nodes:
+        if node.op == "output":
+            lines.append(f"return {_argument(node.args[0], names)}")
+            continue
+        if node.op == "placeholder":
+            names[node] = f"%{node.target}"
+            continue
+        stem = node.target if node.op == "get_attr" else _short(node.target)
+        counts[stem] += 1
+        names[node] = f"%{stem.rpartition('.')[2]}" + (f"_{counts[stem]}" if counts[stem] > 1 else "")
+        arguments = [_argument(argument, names) for argument in node.args]
+        arguments += [f"{key}={_argument(given, names)}" for key, given in node.kwargs.items()]
+        lines.append(f"{names[node]} = {stem}({', '.join(arguments)})")
+    return "\n".join(lines)
+
+
+def _short(target: Any) -> str:
+    """`nvfp4.amax` for torch.ops.nvfp4.amax.default, `aten.sum.dim_IntList` for an overload with a name."""
+    return str(target).removesuffix(".default") if isinstance(target, torch._ops.OpOverload) else target.__name__
+
+
+def _argument(argument: Any, names: dict[fx.Node, str]) -> str:
+    if isinstance(argument, fx.Node):
+        return names[argument]
+    if isinstance(argument, (list, tuple)):
+        return "SIGNS" if list(argument) == SIGNS else f"[{', '.join(_argument(item, names) for item in argument)}]"
+    return str(argument)
+
+
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A graph with the same nodes and metadata, to keep one as it was before a pass."""
+    copy = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    copy.output(copy.graph_copy(graph, nodes))
+    return copy
+
+
+class Reference(fx.Interpreter):
+    """Runs a graph eagerly, where the dialect's operations are the reference arithmetic. The seed is a constant."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is SEED:
+            return torch.tensor(SEED_VALUE)
+        return super().call_function(target, args, kwargs)
+
+
+def run(graph: fx.Graph, *inputs: Any, root: nn.Module | None = None) -> list[Any]:
+    """What a graph gives on these inputs. root: holds the constants of the graph, if it has any."""
+    module = fx.GraphModule(root if root is not None else nn.Module(), graph)
+    with torch.no_grad():
+        result = Reference(module).run(*inputs)
+    return list(result) if isinstance(result, (list, tuple)) else [result]
+
+
+def example_inputs(graph: fx.Graph, seed: int = 0) -> list[Any]:
+    """Random values for a graph's placeholders, of the shapes and types that they were traced with."""
+    generator = torch.Generator().manual_seed(seed)
+    return [_example(node.meta["val"], generator) for node in graph.find_nodes(op="placeholder")]
+
+
+def _example(value: Any, generator: torch.Generator) -> Any:
+    if isinstance(value, torch.SymInt):
+        return int(value.node.hint)
+    shape = [int(size) if isinstance(size, int) else int(size.node.hint) for size in value.shape]
+    if value.dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(value.dtype)
+    return torch.randint(0, 4, shape, generator=generator).to(value.dtype)
+
+
+def same_bits(left: Any, right: Any) -> bool:
+    """Whether two results are the same to the last bit; NaN equals NaN."""
+    if isinstance(left, Tensor):
+        return (left.dtype, left.shape) == (right.dtype, right.shape) and bool((_bytes(left) == _bytes(right)).all())
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same_bits, left, right))
+    return bool(left == right)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor.new_zeros(1, dtype=torch.uint8)
+
+
+def run_step(graph: fx.Graph, step: Step, before: Stage) -> fx.Graph:
+    """One pass, with the verifier around it."""
+    verify(graph, before)
+    graph = step.run(graph)
+    verify(graph, step.stage)
+    return graph
+
+
+ALL_STEPS = ("classify", "assign", "insert_hadamard", "insert_scaling", "share", "fuse", "place")
+
+
+def steps_of(recipe: Recipe, names: ModelNames, plan: PrecisionPlan | None = None) -> tuple[Step, ...]:
+    """All passes that run on the joint graph."""
+    return (*pipeline.decide(recipe, plan or PrecisionPlan(), names), *pipeline.rewrite())
+
+
+def run_until(captured: CapturedGraph, last: str, recipe: Recipe, plan: PrecisionPlan | None = None) -> fx.Graph:
+    """A captured graph after the pass called `last`, with the verifier around every pass before it."""
+    graph, stage = captured.graph, Stage.AOT
+    for step in steps_of(recipe, captured.names, plan):
+        graph = run_step(graph, step, stage)
+        stage = step.stage
+        if step.name == last:
+            return graph
+    raise AssertionError(f"no pass is called {last!r}")
+
+
+def captured(model: Callable[..., Any], *args: Any, train: bool = True, call: Any = None) -> CapturedGraph:
+    """The only graph of a model, in training or in inference."""
+    with torch.set_grad_enabled(train):
+        (graph,) = capture(model, *args, call=call)
+    return graph
+
+
+@dataclass(frozen=True)
+class Found:
+    """A matmul as tests name it: `"fc1 dgrad dy w"`, and what stands in its way."""
+
+    label: str
+    obstacle: str | None
+
+
+def found_in(graph: fx.Graph) -> list[Found]:
+    """What `classify` found, in the order of the graph."""
+    matmuls = [matmul for node in graph.nodes if (matmul := matmul_of(node)) is not None]
+    return [
+        Found(f"{matmul.site} {matmul.role.value} {' '.join(kind.value for kind in matmul.operands)}", matmul.obstacle)
+        for matmul in matmuls
+    ]
+
+
+def decide(graph: fx.Graph, target: Any, matmul: Matmul, assignment: Assignment) -> None:
+    """Write decisions on the only node of this target, as `classify` and `assign` would."""
+    (node,) = graph.find_nodes(op="call_function", target=target)
+    node.meta[MATMUL], node.meta[ASSIGNMENT] = matmul, assignment
+
+
+def targets(graph: fx.Graph) -> Counter[str]:
+    """How often each operation is called."""
+    return Counter(_short(node.target) for node in graph.nodes if node.op == "call_function")
+
+
+def dialect_nodes(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.target in OPERATIONS]
+
