@@ -35,11 +35,10 @@ class Assign:
             if found is None:
                 continue
             reason = found.obstacle or self._reason(found, counts, last)
-            if reason is None:
-                left, right = (self._quantization(found, operand) for operand in found.operands)
-                node.meta[ASSIGNMENT] = Assignment(left, right, "")
-            else:
-                node.meta[ASSIGNMENT] = Assignment(None, None, reason)
+            left, right = (self._quantization(found, operand) for operand in found.operands)
+            if reason is None and left is None and right is None:
+                reason = f"recipe {self.recipe.name}: quantises weights, and {found.role.value} has none"
+            node.meta[ASSIGNMENT] = Assignment(left, right, "") if reason is None else Assignment(None, None, reason)
         return graph
 
     def _reason(self, matmul: Matmul, counts: dict[str, int], last: frozenset[str]) -> str | None:

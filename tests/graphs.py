@@ -127,7 +127,9 @@ def same_bits(left: Any, right: Any) -> bool:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor.new_zeros(1, dtype=torch.uint8)
+    return (
+        tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor.new_zeros(1, dtype=torch.uint8)
+    )
 
 
 def run_step(graph: fx.Graph, step: Step, before: Stage) -> fx.Graph:
@@ -194,4 +196,3 @@ def targets(graph: fx.Graph) -> Counter[str]:
 
 def dialect_nodes(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.target in OPERATIONS]
-

@@ -109,9 +109,13 @@ LAYERS = {
     "F.linear of chunks": Case(
         layer(lambda s, x: F.linear(x, s.w.chunk(2)[1]), w=torch.randn(96, 32)), (16, 32), TURNED
     ),
-    "F.linear of a cast": Case(layer(lambda s, x: F.linear(x, s.w.float()), w=torch.randn(48, 32).half()), (16, 32), TURNED),
+    "F.linear of a cast": Case(
+        layer(lambda s, x: F.linear(x, s.w.float()), w=torch.randn(48, 32).half()), (16, 32), TURNED
+    ),
     "nn.Linear": Case(layer(lambda s, x: s.fc(x), fc=nn.Linear(32, 48)), (4, 16, 32), of_module("fc")),
-    "nn.Linear without bias": Case(layer(lambda s, x: s.fc(x), fc=nn.Linear(32, 48, bias=False)), (16, 32), of_module("fc")),
+    "nn.Linear without bias": Case(
+        layer(lambda s, x: s.fc(x), fc=nn.Linear(32, 48, bias=False)), (16, 32), of_module("fc")
+    ),
     "nn.Linear of a vector": Case(layer(lambda s, x: s.fc(x), fc=nn.Linear(32, 48)), (32,), of_module("fc")),
     "Conv1D": Case(
         layer(lambda s, x: s.c(x), c=Conv1D(48, 32)), (4, 16, 32), ("c fprop x w", "c dgrad dy w", "c wgrad x dy")
@@ -374,7 +378,11 @@ def test_gradients_of_two_weights_are_not_those_of_a_layer() -> None:
 
 @pytest.mark.parametrize(
     ("model", "x"),
-    [(nn.Conv1d(32, 48, 1), (2, 32, 8)), (nn.Conv2d(32, 48, 1), (2, 32, 4, 4)), (nn.Conv3d(32, 48, 1), (2, 32, 2, 2, 2))],
+    [
+        (nn.Conv1d(32, 48, 1), (2, 32, 8)),
+        (nn.Conv2d(32, 48, 1), (2, 32, 4, 4)),
+        (nn.Conv3d(32, 48, 1), (2, 32, 2, 2, 2)),
+    ],
 )
 def test_pointwise_convolution(model: nn.Module, x: tuple[int, ...]) -> None:
     graph = classified(nn.Sequential(model), torch.randn(x))
