@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nvfp4c import dialect, numerics
-from nvfp4c.formats import BLOCK, padded
+from nvfp4c.formats import BLOCK, TILE_BLOCK, padded
 
 LIBRARY = torch.library.Library("nvfp4_cpu", "DEF")
 
@@ -103,7 +103,8 @@ def _kind(x: Tensor, others: Sequence[Any]) -> Hashable:
     whether there is one block, whether all are whole, and whether memory is without gaps."""
     settings = tuple(tuple(value) for value in others if isinstance(value, (list, str)))
     few = tuple(min(size, 2) for size in (*x.shape, *(value for value in others if isinstance(value, int))))
-    blocks = tuple((size > BLOCK, size % BLOCK == 0) for size in x.shape[-2:])
+    blocked = x.shape[-2:] if TILE_BLOCK in settings else x.shape[-1:]
+    blocks = tuple((size > BLOCK, size % BLOCK == 0) for size in blocked)
     return x.dtype, settings, few, blocks, x.stride(-1) == 1, x.is_contiguous(), x.mT.is_contiguous()
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -32,19 +31,23 @@ SEED_VALUE = 20250929
 
 
 def trace(function: Callable[..., Any], *inputs: Tensor | int) -> fx.Graph:
-    """The aten graph of a function of tensors like these, with fake values and with placeholders named as its arguments."""
+    """The aten graph of a function of tensors like these, with fake values and placeholders named as its arguments.
+
+    Nothing is decomposed: the functions are written in the operations that passes see.
+    """
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(given) if isinstance(given, Tensor) else given for given in inputs]
-        module = make_fx(function, decomposition_table=select_decomp_table())(*fakes)
+        module = make_fx(function)(*fakes)
     graph = module.graph
     names = function.__code__.co_varnames
     for node, name in zip(graph.find_nodes(op="placeholder"), names, strict=False):
-        node.name = node.target = name
+        node._rename(name)
+        node.target = name
     return graph
 
 
 def text(graph: fx.Graph) -> str:
-    """One line a node, in order. Nodes are numbered by operation, so equal graphs print equally whatever their names."""
+    """One line a node, in order. Nodes are numbered by operation, so equal graphs print equally whatever the names."""
     names: dict[fx.Node, str] = {}
     counts: Counter[str] = Counter()
     lines = []

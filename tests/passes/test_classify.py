@@ -59,7 +59,7 @@ def sites(graph: fx.Graph) -> list[str]:
 
 @dataclass(frozen=True)
 class Case:
-    """One way to write a layer, after a first layer `pre`, so that it has a data gradient. expected: of its three roles."""
+    """One way to write a layer. shape: of its input. expected: its three roles."""
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
