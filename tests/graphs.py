@@ -105,19 +105,29 @@ def run(graph: fx.Graph, *inputs: Any, root: nn.Module | None = None) -> list[An
     return list(result) if isinstance(result, (list, tuple)) else [result]
 
 
-def example_inputs(graph: fx.Graph, seed: int = 0) -> list[Any]:
-    """Random values for a graph's placeholders, of the shapes and types that they were traced with."""
+def example_inputs(graph: fx.Graph, seed: int = 0, symbol: int | None = None) -> list[Any]:
+    """Random values for a graph's placeholders, of the shapes and types that they were traced with.
+
+    symbol: value of every symbolic size, instead of the one that it was traced with.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return [_example(node.meta["val"], generator) for node in graph.find_nodes(op="placeholder")]
+    return [_example(node.meta["val"], generator, symbol) for node in graph.find_nodes(op="placeholder")]
 
 
-def _example(value: Any, generator: torch.Generator) -> Any:
+def _example(value: Any, generator: torch.Generator, symbol: int | None) -> Any:
     if isinstance(value, torch.SymInt):
-        return int(value.node.hint)
-    shape = [int(size) if isinstance(size, int) else int(size.node.hint) for size in value.shape]
+        return _size(value, symbol)
+    shape = [_size(size, symbol) for size in value.shape]
     if value.dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(value.dtype)
     return torch.randint(0, 4, shape, generator=generator).to(value.dtype)
+
+
+def _size(size: int | torch.SymInt, symbol: int | None) -> int:
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return size.node.hint if symbol is None else int(expression.subs(dict.fromkeys(expression.free_symbols, symbol)))
 
 
 def same_bits(left: Any, right: Any) -> bool:
