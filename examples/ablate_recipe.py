@@ -1,17 +1,20 @@
 """Train the quickstart's GPT under several recipes and seeds, and write one JSON file and one Markdown table.
 
 python examples/ablate_recipe.py --seeds 0 1
+
+Started again with the same settings at the same commit, it goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +53,39 @@ def main() -> None:
         **environment.describe(device),
         "text": f"{corpus.source}, {corpus.files} files, {len(corpus.train):,} + {len(corpus.validation):,} bytes",
     }
-    runs: dict[str, dict[int, Run]] = {name: {} for name in arguments.variants}
+    runs = {name: {} for name in arguments.variants} | finished(folder, settings, about)
     for seed in arguments.seeds:
         for name in arguments.variants:
+            if seed in runs[name]:
+                continue
             chosen = VARIANTS[name]
             backend, options = ("inductor", None) if chosen is None else ("nvfp4", {"recipe": chosen})
             runs[name][seed] = train(replace(settings, seed=seed), corpus, backend, options, watcher(name, seed))
             save(folder, settings, about, runs)
+
+
+def file_name(settings: Settings) -> str:
+    """Of both files, without the ending."""
+    return f"recipe-ablation-{settings.device}-{settings.size.name}"
+
+
+def finished(folder: Path, settings: Settings, about: Mapping[str, str]) -> dict[str, dict[int, Run]]:
+    """Runs that an earlier start with the same settings has left, by variant and seed."""
+    path = folder / f"{file_name(settings)}.json"
+    if not path.exists():
+        return {}
+    results = json.loads(path.read_text(encoding="utf-8"))
+    same = {key: results["about"].get(key) == value for key, value in about.items() if key != "command"}
+    if not all(same.values()) or results["settings"]["steps"] != settings.steps:
+        return {}
+    names = [field.name for field in fields(Run)]
+    return {
+        name: {
+            int(seed): Run(**{key: tuple(run[key]) if isinstance(run[key], list) else run[key] for key in names})
+            for seed, run in seeds.items()
+        }
+        for name, seeds in results["runs"].items()
+    }
 
 
 def parse() -> argparse.Namespace:
@@ -93,7 +122,7 @@ def commit() -> str:
 
 def save(folder: Path, settings: Settings, about: dict[str, str], runs: Mapping[str, Mapping[int, Run]]) -> None:
     """Write everything known so far, as JSON with every number and as a table for people."""
-    name = f"recipe-ablation-{settings.device}-{settings.size.name}"
+    name = file_name(settings)
     recipes = {name: chosen.to_dict() for name, chosen in VARIANTS.items() if chosen is not None and name in runs}
     results = {
         "about": about,

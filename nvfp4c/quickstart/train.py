@@ -199,7 +199,7 @@ def train(
     compiled = compile_model(model, backend, options)
     held_out = validation_batches(corpus, settings)
     with warnings.catch_warnings():
-        # TF32 stays off: the exact Hadamard transform needs true FP32.
+        # TF32 stays off, so that what is not quantised is the same in both runs.
         warnings.filterwarnings("ignore", message=".*TensorFloat32 tensor cores.*")
         watch(Progress("compile", 0, math.nan, 0.0))
         compile_seconds = _warm_up(compiled, next(train_batches(corpus, settings)), held_out[:1])
