@@ -36,7 +36,7 @@ def device_name(device: str) -> str:
 
 def describe(device: str) -> dict[str, str]:
     """Everything above as labelled lines, for a report."""
-    return {"device": device_name(device), "platform": platform.platform(), **versions()}
+    return {"device": device_name(device), "system": f"{platform.system()} {platform.machine()}", **versions()}
 
 
 def _processor() -> str:
