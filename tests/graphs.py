@@ -57,6 +57,7 @@ def text(graph: fx.Graph) -> str:
             continue
         if node.op == "placeholder":
             names[node] = f"%{node.target}"
+            lines.append(f"{names[node]} = placeholder")
             continue
         stem = node.target if node.op == "get_attr" else _short(node.target)
         counts[stem] += 1
