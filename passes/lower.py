@@ -56,7 +56,7 @@ class Lower:
 
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         if any(is_dialect(node) for node in graph.nodes):
-            lowering = _Lowering(graph, self.table)
+            lowering = _Lowering(graph, self.table, _read_packed(graph))
             for node in list(graph.nodes):
                 if is_dialect(node):
                     lowering.lower(node)
@@ -68,26 +68,25 @@ class Lower:
 class _Lowering:
     """The work on one graph.
 
-    operands: dequantised operands by the codes they came from and their k. traced: table entries by the shapes of their
-    arguments. emitted: what the traces call.
+    read_packed: quantisations and transposes that stay packed. operands: dequantised operands by the codes they came
+    from and their k. traced: table entries by the shapes of their arguments. emitted: what the traces call.
     """
 
     graph: fx.Graph
     table: KernelTable
+    read_packed: frozenset[fx.Node]
     operands: dict[tuple[fx.Node, Any], fx.Node] = field(default_factory=dict)
     traced: dict[object, fx.GraphModule] = field(default_factory=dict)
     emitted: set[object] = field(default_factory=set)
 
     def lower(self, node: fx.Node) -> None:
-        """Replace one node. Quantisations whose codes only feed products here wait until a product asks for them."""
-        entries: dict[Target, Callable[..., Any]] = {
-            HADAMARD: self.table.hadamard,
-            AMAX: self.table.amax,
-            DEQUANTIZE: self._dequantize_fully,
-        }
+        """Replace one node. Quantisations and transposes wait until a product asks for them, or until the end."""
+        entries: dict[Target, Callable[..., Any]] = {HADAMARD: self.table.hadamard, AMAX: self.table.amax}
         with self.graph.inserting_before(node):
             if node.target is SCALED_MM:
                 self._replace(node, self._scaled_mm(node))
+            elif node.target is DEQUANTIZE:
+                self._replace(node, self._dequantize(node))
             elif node.target in entries:
                 self._replace(node, self._emit(entries[node.target], arguments(node), node))
 
@@ -119,6 +118,10 @@ class _Lowering:
         product = self._emit(self.table.product, (a, b), node)
         return self._emit(dialect.scale_product, (product, a_amax, b_amax, bias, dtype), node)
 
+    def _dequantize(self, node: fx.Node) -> fx.Node:
+        codes, scales, amax, k, dtype = arguments(node)
+        return self._emit(_scale_values, (self._operand(codes, scales, k, node), amax, dtype), node)
+
     def _operand(self, codes: fx.Node, scales: fx.Node, k: Any, like: fx.Node) -> fx.Node:
         """code * scale of a packed operand, [.., rows, k]; emitted once for each distinct operand."""
         key = (codes, k)
@@ -132,21 +135,10 @@ class _Lowering:
             source_codes, source_scales, source_k = arguments(maker)
             source = self._operand(source_codes, source_scales, source_k, like)
             return insert(self.graph, aten.permute.default, (source, swap_order(source.meta["val"].dim())), like)
-        if isinstance(maker, fx.Node) and maker.target is QUANTIZE and self.table.operand is not None:
-            return self._emit(self.table.operand, arguments(maker), like)
-        if isinstance(maker, fx.Node) and maker.target is QUANTIZE:
-            codes, scales = self._packed(maker)
+        unpacked = self.table.operand if maker not in self.read_packed else None
+        if isinstance(maker, fx.Node) and maker.target is QUANTIZE and unpacked is not None:
+            return self._emit(unpacked, arguments(maker), like)
         return self._emit(self.table.dequantize, (codes, scales, k), like)
-
-    def _packed(self, quantize: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """The packed form of a quantisation, in place of the node's own items."""
-        return tuple(insert(self.graph, operator.getitem, (quantize, index), quantize) for index in (0, 1))  # type: ignore[return-value]
-
-    def _dequantize_fully(
-        self, codes: Tensor, scales: Tensor, amax: Tensor | None, k: int, dtype: torch.dtype
-    ) -> Tensor:
-        values = self.table.dequantize(codes, scales, k).float()
-        return (values if amax is None else values * (amax / GLOBAL_MAX)).to(dtype)
 
     def _replace(self, node: fx.Node, replacement: fx.Node) -> None:
         node.replace_all_uses_with(replacement)
@@ -184,6 +176,23 @@ class _Lowering:
         return name
 
 
+def _read_packed(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Quantisations and transposes whose bytes are read: by another graph, or by a transpose whose own bytes are."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.target in (QUANTIZE, TRANSPOSE):
+            readers = {reader for item in node.users for reader in item.users}
+            if any(reader in found or reader.target not in (SCALED_MM, DEQUANTIZE, TRANSPOSE) for reader in readers):
+                found.add(node)
+    return frozenset(found)
+
+
+def _scale_values(values: Tensor, amax: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What is left of nvfp4.dequantize after code * scale."""
+    values = values.float()
+    return (values if amax is None else values * (amax / GLOBAL_MAX)).to(dtype)
+
+
 def _signature(value: Any) -> object:
     """What a trace depends on: shapes, strides, types and plain values."""
     if isinstance(value, Tensor):
@@ -205,6 +214,8 @@ def _trace(entry: Callable[..., Any], values: Sequence[Any], args: Sequence[Any]
     fake_mode = detect_fake_mode(inputs)
     assert fake_mode is not None, "the graph carries no fake tensors"
     with fake_mode, enable_python_dispatcher():
+        # Copies of one trace share their values, and make_fx takes one value for one input: each needs its own object.
+        inputs = [given.detach() if isinstance(given, Tensor) else given for given in inputs]
         module = make_fx(call, decomposition_table=select_decomp_table(), tracing_mode="real")(*inputs)
     module.graph.eliminate_dead_code()
     return module

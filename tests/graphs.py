@@ -59,18 +59,21 @@ def text(graph: fx.Graph) -> str:
             names[node] = f"%{node.target}"
             lines.append(f"{names[node]} = placeholder")
             continue
-        stem = node.target if node.op == "get_attr" else _short(node.target)
+        call = _short(node.target)
+        stem = call.split(".")[1] if "." in call else call
         counts[stem] += 1
-        names[node] = f"%{stem.rpartition('.')[2]}" + (f"_{counts[stem]}" if counts[stem] > 1 else "")
+        names[node] = f"%{stem}" + (f"_{counts[stem]}" if counts[stem] > 1 else "")
         arguments = [_argument(argument, names) for argument in node.args]
         arguments += [f"{key}={_argument(given, names)}" for key, given in node.kwargs.items()]
-        lines.append(f"{names[node]} = {stem}({', '.join(arguments)})")
+        lines.append(f"{names[node]} = {call}({', '.join(arguments)})")
     return "\n".join(lines)
 
 
 def _short(target: Any) -> str:
     """`nvfp4.amax` for torch.ops.nvfp4.amax.default, `aten.sum.dim_IntList` for an overload with a name."""
-    return str(target).removesuffix(".default") if isinstance(target, torch._ops.OpOverload) else target.__name__
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removesuffix(".default")
+    return target if isinstance(target, str) else target.__name__
 
 
 def _argument(argument: Any, names: dict[fx.Node, str]) -> str:
