@@ -213,7 +213,8 @@ def _trace(entry: Callable[..., Any], values: Sequence[Any], args: Sequence[Any]
     inputs = [values[index] for index in dynamic]
     fake_mode = detect_fake_mode(inputs)
     assert fake_mode is not None, "the graph carries no fake tensors"
-    with fake_mode, enable_python_dispatcher():
+    # Compiling may happen under the user's autocast, which would put casts of its own into the trace.
+    with fake_mode, enable_python_dispatcher(), torch._C._DisableAutocast():
         # Copies of one trace share their values, and make_fx takes one value for one input: each needs its own object.
         inputs = [given.detach() if isinstance(given, Tensor) else given for given in inputs]
         module = make_fx(call, decomposition_table=select_decomp_table(), tracing_mode="real")(*inputs)
