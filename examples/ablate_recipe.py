@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from nvfp4c import recipe
 from nvfp4c.files import write_text
 from nvfp4c.quickstart import data, environment
-from nvfp4c.quickstart.compare import run_to_dict
 from nvfp4c.quickstart.model import size_named
-from nvfp4c.quickstart.report import prepared, to_json
+from nvfp4c.quickstart.results import prepared, run_from_dict, run_to_dict, to_json
 from nvfp4c.quickstart.train import Progress, Run, Settings, choose_device, train
 
 BASE = "bf16"
@@ -53,7 +53,8 @@ def main() -> None:
         **environment.describe(device),
         "text": f"{corpus.source}, {corpus.files} files, {len(corpus.train):,} + {len(corpus.validation):,} bytes",
     }
-    runs = {name: {} for name in arguments.variants} | finished(folder, settings, about)
+    runs: dict[str, dict[int, Run]] = {name: {} for name in arguments.variants}
+    runs |= finished(folder, settings, about)
     for seed in arguments.seeds:
         for name in arguments.variants:
             if seed in runs[name]:
@@ -78,13 +79,8 @@ def finished(folder: Path, settings: Settings, about: Mapping[str, str]) -> dict
     same = {key: results["about"].get(key) == value for key, value in about.items() if key != "command"}
     if not all(same.values()) or results["settings"]["steps"] != settings.steps:
         return {}
-    names = [field.name for field in fields(Run)]
     return {
-        name: {
-            int(seed): Run(**{key: tuple(run[key]) if isinstance(run[key], list) else run[key] for key in names})
-            for seed, run in seeds.items()
-        }
-        for name, seeds in results["runs"].items()
+        name: {int(seed): run_from_dict(run) for seed, run in seeds.items()} for name, seeds in results["runs"].items()
     }
 
 
@@ -165,11 +161,17 @@ def cells(name: str, seeds: list[int], runs: Mapping[str, Mapping[int, Run]]) ->
     """One line of the table."""
     own, base = runs[name], runs.get(BASE, {})
     gaps = [own[seed].final_validation_loss / base[seed].final_validation_loss - 1 for seed in own if seed in base]
+    gaps = [gap for gap in gaps if math.isfinite(gap)]
     speeds = statistics.fmean(run.tokens_per_second for run in own.values())
     memory = max((run.peak_memory_bytes or 0) for run in own.values())
-    losses = [f"{own[seed].final_validation_loss:.4f}" if seed in own else "" for seed in seeds]
+    losses = [loss_text(own[seed]) if seed in own else "" for seed in seeds]
     mean_gap = f"{statistics.fmean(gaps):+.2%}" if gaps and name != BASE else ""
     return [name, *losses, mean_gap, f"{speeds:,.0f}", f"{memory / 2**30:.2f}" if memory else ""]
+
+
+def loss_text(run: Run) -> str:
+    """The held-out loss, or where the run diverged."""
+    return f"{run.final_validation_loss:.4f}" if run.diverged_at is None else f"diverged at step {run.diverged_at}"
 
 
 if __name__ == "__main__":

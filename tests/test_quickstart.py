@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 from nvfp4c.errors import DataError, OptionError, TargetError
 from nvfp4c.explanation import Explanation, Row
 from nvfp4c.grouping import group, single, totals
-from nvfp4c.quickstart import data, report
+from nvfp4c.quickstart import data, report, results
 from nvfp4c.quickstart.compare import Comparison
 from nvfp4c.quickstart.model import SIZES, Gpt, rotary_table, rotate, size_named
 from nvfp4c.quickstart.train import (
@@ -359,7 +359,7 @@ def test_a_diverged_run_is_reported_as_such(comparison):
     diverged = replace(comparison, nvfp4=run_of("nvfp4", math.nan, diverged_at=7))
     assert report.verdict(diverged) == "NVFP4 diverged at step 7 of 12."
     assert "NaN" not in report.render(diverged, "").replace(get_plotlyjs(), "")
-    assert json.loads(report.to_json(diverged.to_dict()))["relative_validation_gap"] is None
+    assert json.loads(results.to_json(diverged.to_dict()))["relative_validation_gap"] is None
 
 
 def test_equal_losses_have_no_direction(comparison):
@@ -367,14 +367,25 @@ def test_equal_losses_have_no_direction(comparison):
 
 
 def test_results_hold_every_number(comparison, tmp_path):
-    results, page = report.save(comparison, tmp_path, "nvfp4c quickstart")
-    found = json.loads(results.read_text())
+    numbers, page = report.save(comparison, tmp_path, "nvfp4c quickstart")
+    found = json.loads(numbers.read_text())
     assert found["runs"]["nvfp4"]["train_losses"] == list(comparison.nvfp4.train_losses)
     assert found["runs"]["nvfp4"]["final_validation_loss"] == 2.02
     assert found["relative_validation_gap"] == pytest.approx(0.01, rel=1e-12)  # one FP64 division
     assert len(found["explanation"]["rows"]) == 4
     assert found["command"] == "nvfp4c quickstart"
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([results.name, page.name])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([numbers.name, page.name])
+
+
+@pytest.mark.parametrize("run", [run_of("nvfp4", 2.02), replace(run_of("nvfp4", 2.02), peak_memory_bytes=7)])
+def test_a_run_survives_json(run):
+    assert results.run_from_dict(json.loads(results.to_json(results.run_to_dict(run)))) == run
+
+
+def test_a_diverged_run_survives_json():
+    again = results.run_from_dict(json.loads(results.to_json(results.run_to_dict(run_of("nvfp4", math.nan, 7)))))
+    assert again.diverged_at == 7
+    assert math.isnan(again.validation[-1][1])
 
 
 def test_an_interrupted_write_leaves_the_old_report(comparison, tmp_path, monkeypatch):
@@ -394,4 +405,4 @@ def test_an_interrupted_write_leaves_the_old_report(comparison, tmp_path, monkey
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OptionError, match="cannot write to"):
-        report.prepared(tmp_path / "file" / "out")
+        results.prepared(tmp_path / "file" / "out")

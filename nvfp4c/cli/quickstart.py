@@ -43,13 +43,14 @@ def quickstart(
     from nvfp4c.quickstart import report
     from nvfp4c.quickstart.compare import compare
     from nvfp4c.quickstart.model import size_named
+    from nvfp4c.quickstart.results import prepared
     from nvfp4c.quickstart.train import Settings, choose_device
 
     device = choose_device(device)
     size = size_named(model_size or DEFAULT_SIZE[device])
     settings = Settings(size, steps or size.steps, seed, device)
     recipes.get(recipe)
-    report.prepared(out)
+    prepared(out)
     corpus = texts.load(data, minimum=settings.minimum_bytes)
     with progress_bars(settings.steps, settings.high_precision) as watch:
         comparison = compare(settings, corpus, recipe, watch)

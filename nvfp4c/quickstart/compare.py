@@ -10,6 +10,7 @@ from nvfp4c.explanation import Explanation, explain
 from nvfp4c.quickstart import environment
 from nvfp4c.quickstart.data import Corpus
 from nvfp4c.quickstart.model import parameter_count
+from nvfp4c.quickstart.results import run_to_dict
 from nvfp4c.quickstart.train import Progress, Run, Settings, build_model, loss_of, train, train_batches
 
 
@@ -50,12 +51,6 @@ class Comparison:
             "runs": {name: run_to_dict(run) for name, run in (("baseline", self.baseline), ("nvfp4", self.nvfp4))},
             "explanation": self.explanation.to_json(),
         }
-
-
-def run_to_dict(run: Run) -> dict[str, Any]:
-    """A run's fields and final losses as plain data."""
-    finals = {"final_train_loss": run.final_train_loss, "final_validation_loss": run.final_validation_loss}
-    return {**asdict(run), **finals}
 
 
 def compare(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import math
-import tempfile
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from nvfp4c.errors import OptionError
 from nvfp4c.files import write_text
 from nvfp4c.grouping import Line, group, single, totals
 from nvfp4c.quickstart.compare import Comparison
+from nvfp4c.quickstart.results import finite, to_json
 from nvfp4c.quickstart.train import Run
 
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#5f6b7a"
@@ -33,35 +32,12 @@ SMALLEST_GAP = 5e-5
 PLOT_CONFIG = {"displayModeBar": False, "responsive": True}
 
 
-def prepared(folder: Path) -> Path:
-    """`folder`, created if need be and known to be writable; OptionError when it is not."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OptionError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
-    return folder
-
-
 def save(comparison: Comparison, folder: Path, command: str) -> tuple[Path, Path]:
     """Write `results.json` and `report.html` into `folder`, each whole or not at all; returns their paths."""
     results, page = folder / "results.json", folder / "report.html"
     write_text(results, to_json({"command": command, **comparison.to_dict()}))
     write_text(page, render(comparison, command))
     return results, page
-
-
-def to_json(value: Any) -> str:
-    """Indented standard JSON; numbers that are not finite become null, which JSON has no other word for."""
-    return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def render(comparison: Comparison, command: str) -> str:
@@ -235,7 +211,7 @@ def _gibibytes(value: int | None) -> str:
 
 def _script_json(value: Any) -> str:
     """JSON that can stand inside a script element: nothing in it can end the element."""
-    return json.dumps(_finite(value)).replace("<", "\\u003c")
+    return json.dumps(finite(value)).replace("<", "\\u003c")
 
 
 def _facts(facts: dict[str, str]) -> str:
