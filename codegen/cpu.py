@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn import functional as F
 
 from nvfp4c import dialect, numerics
 from nvfp4c.formats import BLOCK, TILE_BLOCK, padded
@@ -27,7 +29,11 @@ EXACT: dict[str, str | int | bool | Callable[..., Any]] = {"emulate_precision_ca
 
 def amax(x: Tensor, signs: Sequence[int] | None = None) -> Tensor:
     """nvfp4.amax. The rotated tensor is written out, and shared with whoever quantises it."""
-    return numerics.tensor_amax(x if signs is None else HADAMARD(x, signs))
+    x = x if signs is None else HADAMARD(x, signs)
+    if not statically_known_true(x.numel() > 0):
+        # A size that is known only at run time may be 0, and then there is nothing to take a maximum of.
+        x = F.pad(x.flatten(), (0, 1))
+    return numerics.tensor_amax(x)
 
 
 def quantize(
