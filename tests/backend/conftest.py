@@ -1,4 +1,4 @@
-"""What the tests of the backend share: one cache of compiled code, one thread, and a record of what kernels were given."""
+"""What the tests of the backend share: one cache of compiled code, one thread, a record of what kernels were given."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def eager_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU kernels run as they are written. Compiling them takes seconds each, and does not change a bit of what they
-    give: test_training_step and test_cpu_kernels say so. What earlier tests compiled no longer counts towards the number
-    of times that Dynamo compiles one function."""
+    give: test_training_step and test_cpu_kernels say so. What earlier tests compiled is forgotten, for Dynamo compiles
+    one function only so many times."""
     torch._dynamo.reset()
     monkeypatch.setattr(cpu, "_compiled", lambda function, kind: function)
 

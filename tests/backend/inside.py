@@ -96,7 +96,7 @@ def passes_run() -> Iterator[None]:
 
 
 class Reference(fx.Interpreter):
-    """Runs a joint graph with reference operations and a given seed. quantised: arguments and values of each operand."""
+    """Runs a joint graph with reference operations and a given seed. quantised: tensor and values of each operand."""
 
     def __init__(self, graph: fx.GraphModule, seed: Tensor) -> None:
         super().__init__(graph)

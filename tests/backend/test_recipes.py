@@ -1,4 +1,4 @@
-"""Recipes by name, through `torch.compile(model, backend="nvfp4", options={"recipe": ...})`, in training and inference."""
+"""Recipes by name, as options of `torch.compile(model, backend="nvfp4")`, in training and inference."""
 
 from __future__ import annotations
 
