@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -18,6 +19,7 @@ from nvfp4c.dialect import (
     QUANTIZE,
     SCALED_MM,
     TRANSPOSE,
+    Quantization,
     Stage,
     arguments,
     assignment_of,
@@ -25,7 +27,7 @@ from nvfp4c.dialect import (
     matmul_of,
 )
 from nvfp4c.errors import VerifyError
-from nvfp4c.formats import padded
+from nvfp4c.formats import ROW_BLOCK, TILE_BLOCK, padded
 
 aten = torch.ops.aten
 
@@ -43,6 +45,13 @@ ALLOWED: dict[Stage, frozenset[Target]] = {
 """Which operations of the dialect a graph may hold at each stage."""
 
 MATMULS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
+"""Their operands are their last two arguments."""
+
+TURNS = frozenset({aten.permute.default, aten.t.default, aten.transpose.int})
+
+NOT_CANCELLED = "its operands are not rotated with the same signs, so the rotation does not cancel"
+
+Signs = tuple[int, ...] | None
 
 
 def verify(graph: fx.Graph, stage: Stage) -> None:
@@ -50,18 +59,24 @@ def verify(graph: fx.Graph, stage: Stage) -> None:
     try:
         graph.lint()
     except RuntimeError as error:
-        raise VerifyError(f"{stage.name}: {error}") from error
+        raise VerifyError(f"{stage.name}: {str(error).partition('!')[0]}") from error  # the rest is the whole graph
+    drawn: dict[object, fx.Node] = {}
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         _check_operation(node, stage)
         _check_metadata(node, stage)
-        if is_dialect(node):
+        made = is_dialect(node) or (node.target in (*TURNS, operator.getitem) and is_dialect(arguments(node)[0]))
+        if made:
+            _check_stored(node, stage)
+        if node.target in CHECKS:
+            CHECKS[node.target](node, stage)
+        if made:
             _check_value(node, stage)
-        if node.target is SCALED_MM:
-            _check_scaled_mm(node, stage)
-        if node.target in MATMULS and stage is Stage.ROTATED:
-            _check_rotation(node, stage, _rotation_signs(arguments(node)[-2]), _rotation_signs(arguments(node)[-1]))
+        if node.target is QUANTIZE and arguments(node)[3] == "stochastic":
+            other = drawn.setdefault(arguments(node)[5:], node)
+            if other is not node:
+                raise _fail(node, stage, f"draws the same random bits as %{other.name}; it needs a stream of its own")
 
 
 def _fail(node: fx.Node, stage: Stage, what: str) -> VerifyError:
@@ -69,83 +84,159 @@ def _fail(node: fx.Node, stage: Stage, what: str) -> VerifyError:
 
 
 def _check_operation(node: fx.Node, stage: Stage) -> None:
-    if is_dialect(node) and node.target not in ALLOWED[stage]:
+    if not is_dialect(node):
+        return
+    if node.target not in ALLOWED[stage]:
         raise _fail(node, stage, "this operation is not allowed at this stage")
+    if node.kwargs:
+        raise _fail(node, stage, f"takes {', '.join(node.kwargs)} by name; passes read arguments by place")
     if stage is Stage.FUSED and node.target is HADAMARD and all(user.target in (AMAX, QUANTIZE) for user in node.users):
         raise _fail(node, stage, "its readers can all rotate by themselves; it should have been folded")
 
 
 def _check_metadata(node: fx.Node, stage: Stage) -> None:
+    assignment = assignment_of(node)
     if node.target in MATMULS and stage in (Stage.CLASSIFIED, Stage.ASSIGNED) and matmul_of(node) is None:
         raise _fail(node, stage, "a matmul without a site and role; classify must see it")
-    if stage is Stage.ASSIGNED and matmul_of(node) is not None and assignment_of(node) is None:
+    if stage is Stage.ASSIGNED and matmul_of(node) is not None and assignment is None:
         raise _fail(node, stage, "a classified matmul without an assignment")
-    assignment = assignment_of(node)
-    if assignment is not None:
-        if assignment.precision == "bf16" and not assignment.reason:
-            raise _fail(node, stage, "bf16 without a reason")
-        both = assignment.left is not None and assignment.right is not None
-        if stage in (Stage.SCALED, Stage.FUSED) and both and node.target is not SCALED_MM:
-            raise _fail(node, stage, "assigned to NVFP4 but not scaled")
+    if assignment is not None and assignment.precision == "bf16" and not assignment.reason:
+        raise _fail(node, stage, "bf16 without a reason")
+
+
+def _check_stored(node: fx.Node, stage: Stage) -> None:
+    for each in (*node.all_input_nodes, node):
+        if "val" not in each.meta:
+            raise _fail(each, stage, "no stored value")
 
 
 def _check_value(node: fx.Node, stage: Stage) -> None:
     """The stored value must be what the operation gives on the stored values of its arguments."""
-    if "val" not in node.meta:
-        raise _fail(node, stage, "no stored value")
     args = tree_map(lambda leaf: leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf, tuple(arguments(node)))
     fake_mode = detect_fake_mode([leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)])
     if fake_mode is None:
         return
     with fake_mode:
-        derived = node.target(*args, **node.kwargs)  # type: ignore[operator]
-    pairs = zip(tree_leaves(derived), tree_leaves(node.meta["val"]), strict=True)
-    for expected, stored in pairs:
-        if (_shape(expected), expected.dtype, expected.device) != (_shape(stored), stored.dtype, stored.device):
-            raise _fail(
-                node, stage, f"stored value {stored.dtype}{_shape(stored)}, derived {expected.dtype}{_shape(expected)}"
-            )
+        derived = node.target(*args)  # type: ignore[operator]
+    expected, stored = _described(derived), _described(node.meta["val"])
+    if expected != stored:
+        raise _fail(node, stage, f"stored value {stored}, derived {expected}")
 
 
-def _shape(tensor: Tensor) -> tuple[str, ...]:
-    return tuple(map(str, tensor.shape))
+def _described(value: object) -> str:
+    """`torch.uint8[16, 32] on cpu`, for every tensor of a value."""
+    leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return " and ".join(f"{leaf.dtype}[{', '.join(map(str, leaf.shape))}] on {leaf.device}" for leaf in leaves)
+
+
+def _check_matmul(node: fx.Node, stage: Stage) -> None:
+    assignment = assignment_of(node)
+    operands = dict(zip(("left", "right"), arguments(node)[-2:], strict=True))
+    if stage is Stage.ROTATED:
+        signs = {side: _rotation_signs(operand) for side, operand in operands.items()}
+        if signs["left"] != signs["right"]:
+            raise _fail(node, stage, NOT_CANCELLED)
+        if assignment is not None and assignment.left is not None and signs["left"] != assignment.left.signs:
+            raise _fail(node, stage, f"assigned the signs {assignment.left.signs}, rotated with {signs['left']}")
+    if stage in (Stage.SCALED, Stage.FUSED) and assignment is not None and assignment.precision == "nvfp4":
+        if assignment.left is not None and assignment.right is not None:
+            raise _fail(node, stage, "assigned to NVFP4 but not scaled")
+        side = "left" if assignment.left is not None else "right"
+        if _unturned(operands[side]).target is not DEQUANTIZE:
+            raise _fail(node, stage, f"its {side} operand is assigned to NVFP4 but not quantised")
+
+
+def _check_quantize(node: fx.Node, stage: Stage) -> None:
+    source, amax, block, rounding = arguments(node)[:4]
+    if tuple(block) not in (ROW_BLOCK, TILE_BLOCK) or rounding not in ("nearest", "stochastic"):
+        raise _fail(node, stage, f"there are no {block} blocks with {rounding} rounding")
+    if (rounding == "stochastic") != (_argument(node, 5) is not None):
+        raise _fail(node, stage, "stochastic rounding, and no other, needs a seed")
+    if amax.target is AMAX:
+        reduced = arguments(amax)[0].meta["val"].numel(), _own_signs(amax, 1)
+        read = source.meta["val"].numel(), _own_signs(node, 4)
+        if str(reduced) != str(read):
+            raise _fail(node, stage, f"%{amax.name} is not the amax of what it quantises")
+
+
+def _check_transpose(node: fx.Node, stage: Stage) -> None:
+    maker = _maker(arguments(node)[0])
+    if maker is not None and _quantization(maker) != Quantization(TILE_BLOCK, "nearest", None):
+        raise _fail(node, stage, "only 16x16 tiles, not rotated, can be turned")
+
+
+def _check_dequantize(node: fx.Node, stage: Stage) -> None:
+    codes, scales, amax, length = arguments(node)[:4]
+    _check_operand(node, stage, "the", codes, scales, amax, length)
 
 
 def _check_scaled_mm(node: fx.Node, stage: Stage) -> None:
-    a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, k = arguments(node)[:7]
-    length = k.meta["val"] if isinstance(k, fx.Node) else k
-    for side, codes, scales, amax in (("left", a_codes, a_scales, a_amax), ("right", b_codes, b_scales, b_amax)):
-        if str(codes.meta["val"].shape[-1] * 2) != str(padded(length)):
-            raise _fail(node, stage, f"{side} operand is not quantised along the contraction axis of {length} elements")
-        maker = _maker(codes)
-        if maker is not _maker(scales):
-            raise _fail(node, stage, f"{side} codes and scales come from different quantisations")
-        if maker is not None and maker.target is QUANTIZE and arguments(maker)[1] is not amax:
-            raise _fail(node, stage, f"{side} operand was quantised with another amax")
-    left, right = _maker(a_codes), _maker(b_codes)
-    if left is not None and right is not None:
-        _check_rotation(node, stage, _quantize_signs(left), _quantize_signs(right))
+    args, assignment = arguments(node), assignment_of(node)
+    found: list[Quantization] = []
+    for side, (codes, scales, amax) in (("left", args[:3]), ("right", args[3:6])):
+        maker = _check_operand(node, stage, side, codes, scales, amax, args[6])
+        if maker is not None:
+            found.append(_quantization(maker))
+            assigned = getattr(assignment, side, None)
+            if assigned is not None and found[-1] != assigned:
+                raise _fail(node, stage, f"{side} operand is quantised as {found[-1]}, assigned {assigned}")
+    if len(found) == 2 and found[0].signs != found[1].signs:
+        raise _fail(node, stage, NOT_CANCELLED)
 
 
-def _check_rotation(node: fx.Node, stage: Stage, left: Sequence[int] | None, right: Sequence[int] | None) -> None:
-    if left != right:
-        raise _fail(node, stage, "its operands are not rotated with the same signs, so the rotation does not cancel")
+def _check_operand(
+    node: fx.Node, stage: Stage, side: str, codes: fx.Node, scales: fx.Node, amax: fx.Node | None, length: Any
+) -> fx.Node | None:
+    """One packed operand; returns what quantised it, None when another graph did."""
+    size = length.meta["val"] if isinstance(length, fx.Node) else length
+    if str(codes.meta["val"].shape[-1] * 2) != str(padded(size)):
+        raise _fail(node, stage, f"{side} operand is not quantised along the contraction axis of {size} elements")
+    maker = _maker(codes)
+    if maker is not _maker(scales):
+        raise _fail(node, stage, f"{side} codes and scales come from different quantisations")
+    if maker is not None and maker.target is TRANSPOSE:
+        maker = _maker(arguments(maker)[0])
+    if maker is not None and amax is not None and arguments(maker)[1] is not amax:
+        raise _fail(node, stage, f"{side} operand was quantised with another amax")
+    return maker
+
+
+CHECKS: dict[Target, Callable[[fx.Node, Stage], None]] = {
+    **dict.fromkeys(MATMULS, _check_matmul),
+    QUANTIZE: _check_quantize,
+    TRANSPOSE: _check_transpose,
+    DEQUANTIZE: _check_dequantize,
+    SCALED_MM: _check_scaled_mm,
+}
+"""What each operation must satisfy."""
 
 
 def _maker(item: fx.Node) -> fx.Node | None:
-    """The quantisation that an operand's codes or scales are an item of; None across a graph's boundary."""
+    """The quantisation or turn that codes or scales are an item of; None across a graph's boundary."""
     return arguments(item)[0] if item.target is operator.getitem else None
 
 
-def _quantize_signs(maker: fx.Node) -> list[int] | None:
-    """Signs that a quantisation's operand is rotated with, by itself or before it."""
-    if maker.target is not QUANTIZE:
-        return None
-    own = arguments(maker)[4] if len(arguments(maker)) > 4 else None
-    return list(own) if own is not None else _rotation_signs(arguments(maker)[0])
+def _quantization(quantize: fx.Node) -> Quantization:
+    """How a node quantises, in the words of an assignment."""
+    return Quantization(tuple(arguments(quantize)[2]), arguments(quantize)[3], _own_signs(quantize, 4))
 
 
-def _rotation_signs(operand: fx.Node) -> list[int] | None:
+def _own_signs(node: fx.Node, place: int) -> Signs:
+    """Signs of what a node reduces or quantises: of its own rotation (the argument at `place`), or of one before it."""
+    own = _argument(node, place)
+    return tuple(own) if own is not None else _rotation_signs(arguments(node)[0])
+
+
+def _argument(node: fx.Node, place: int) -> Any:
+    return arguments(node)[place] if len(arguments(node)) > place else None
+
+
+def _rotation_signs(operand: fx.Node) -> Signs:
     """Signs of the transform that an operand, or what it is the transpose of, was made by."""
-    source = arguments(operand)[0] if operand.target in (aten.permute.default, aten.t.default) else operand
-    return list(arguments(source)[1]) if source.target is HADAMARD else None
+    source = _unturned(operand)
+    return tuple(arguments(source)[1]) if source.target is HADAMARD else None
+
+
+def _unturned(operand: fx.Node) -> fx.Node:
+    source: fx.Node = arguments(operand)[0] if operand.target in TURNS else operand
+    return source
