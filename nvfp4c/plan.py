@@ -11,6 +11,7 @@ Patterns are shell globs over site names. Rules are read from top to bottom and 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -38,10 +39,19 @@ class Rule:
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """An ordered list of rules, and where they came from. It overrides the recipe's own choice of sites."""
+    """An ordered list of rules, and where they came from. It overrides the recipe's own choice of sites.
+
+    Raises PlanError for two rules of the same pattern: a plan file holds a pattern once.
+    """
 
     rules: tuple[Rule, ...] = ()
     provenance: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        counts = Counter(rule.pattern for rule in self.rules)
+        for pattern, count in counts.items():
+            if count > 1:
+                raise PlanError(f"the plan names {pattern!r} {count} times; join its rules into one")
 
     def decide(self, site: str, role: str) -> tuple[str, str] | None:
         """(precision, pattern that decided), or None where no rule speaks of this site and role."""
@@ -101,9 +111,11 @@ def load(path: str | Path) -> PrecisionPlan:
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"cannot read the plan {path}: {error}") from error
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=_without_repetition)
     except json.JSONDecodeError as error:
         raise PlanError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from error
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
     if not isinstance(data, dict):
         raise PlanError(f"{path}: a plan is a JSON object with 'version' and 'rules', got {type(data).__name__}")
     if data.get("version") != VERSION:
@@ -112,6 +124,14 @@ def load(path: str | Path) -> PrecisionPlan:
         if key not in ("version", "rules", "provenance"):
             raise PlanError(f"{path}: unknown key {key!r}; {nearest(key, ('version', 'rules', 'provenance'))}")
     return from_rules(data.get("rules", {}), str(path), data.get("provenance"))
+
+
+def _without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object, which json would else read with the last of two equal keys, forgetting the first."""
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise PlanError(f"{key!r} stands {count} times in one object")
+    return dict(pairs)
 
 
 def get(plan: object) -> PrecisionPlan:

@@ -45,6 +45,14 @@ class Recipe:
     bf16_first_from: int = 8
 
     def __post_init__(self) -> None:
+        for name in ("roles", "weight_block", "rotate", "signs", "bf16_names"):
+            value = getattr(self, name)
+            if not isinstance(value, (tuple, list)):
+                raise OptionError(f"recipe field {name} must be a tuple, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        for name in ("bf16_last_share", "bf16_first_blocks", "bf16_first_from"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise OptionError(f"recipe field {name} must be a number, got {getattr(self, name)!r}")
         _each_in("roles", self.roles, ROLES)
         _each_in("rotate", self.rotate, ROLES)
         for name in ("weight_rounding", "input_rounding", "gradient_rounding"):
@@ -129,10 +137,11 @@ def get(recipe: str | Recipe) -> Recipe:
 
 
 def from_dict(data: dict[str, object]) -> Recipe:
-    """A recipe from what `Recipe.to_dict` wrote. Raises OptionError for unknown fields."""
+    """A recipe from what `Recipe.to_dict` wrote. Raises OptionError for unknown fields and wrong values."""
     known = {field.name for field in fields(Recipe)}
+    if "name" not in data:
+        raise OptionError("a recipe needs a field 'name'")
     for key in data:
         if key not in known:
             raise OptionError(f"unknown recipe field {key!r}; {nearest(key, known)}")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-    return Recipe(**values)  # type: ignore[arg-type]
+    return Recipe(**data)  # type: ignore[arg-type]
