@@ -22,7 +22,7 @@ from nvfp4c.files import write_text
 
 def level() -> int:
     """The level asked for. Raises OptionError when NVFP4C_DEBUG is not 0 to 4."""
-    text = os.environ.get("NVFP4C_DEBUG", "0")
+    text = os.environ.get("NVFP4C_DEBUG") or "0"
     if text not in ("0", "1", "2", "3", "4"):
         raise OptionError(f"NVFP4C_DEBUG must be 0, 1, 2, 3 or 4, got {text!r}")
     return int(text)

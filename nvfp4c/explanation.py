@@ -160,8 +160,10 @@ def sizes(node: fx.Node) -> tuple[int, int, int]:
     assert places is not None
     left, right = (arguments(node)[place].meta["val"] for place in places)
     output = node.meta["val"]
-    if left.dim() == 4:  # a 1x1 convolution: channels are contracted
-        shape = (output.numel() // output.shape[1], output.shape[1], left.shape[1])
+    if node.target is torch.ops.aten.convolution.default:  # channels are contracted, in each group apart
+        transposed, groups = arguments(node)[6], arguments(node)[8]
+        channels = right.shape[0] // groups if transposed else right.shape[1]
+        shape = (output.numel() // output.shape[1], output.shape[1], channels)
     elif right.dim() == 1:
         shape = (left.shape[0], 1, left.shape[1])
     else:

@@ -96,17 +96,11 @@ def names_of(gm: fx.GraphModule, inputs: Iterable[object], root: nn.Module | Non
     modules = None
     weights: tuple[str, ...] = ()
     if root is not None:
-        for name, tensor in (
-            *root.named_parameters(remove_duplicate=False),
-            *root.named_buffers(remove_duplicate=False),
-        ):
+        held = (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))
+        for name, tensor in held:
             known.setdefault(id(tensor), []).append(name)
         modules = {str(id(module)): name for name, module in root.named_modules()}
-        weights = tuple(
-            name.removesuffix(".weight")
-            for name, parameter in root.named_parameters(remove_duplicate=False)
-            if parameter.dim() >= 2
-        )
+        weights = tuple(name.removesuffix(".weight") for name, tensor in held if tensor.dim() >= 2)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     found = [(_source(node), node.name, value) for node, value in zip(placeholders, inputs, strict=True)]
     arguments_are_data = any(_is_held(source, value) for source, _, value in found)
