@@ -1,0 +1,244 @@
+"""What models are made of: types of parameters, autocast, ties, biases, frozen layers, checkpoints, breaks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from inside import KernelCall, Mlp, Reference, Watched, check_kernels, passes_run
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import nvfp4c
+from nvfp4c.recipe import RECIPES
+
+pytestmark = pytest.mark.usefixtures("eager_kernels")
+
+ALL = {"recipe": "nvfp4-all"}
+NEAREST = {"recipe": replace(RECIPES["nvfp4-all"], gradient_rounding="nearest")}
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.detach().float() - expected.detach()).norm() / expected.detach().norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_types_of_parameters(dtype: torch.dtype, kernel_calls: list[KernelCall]) -> None:
+    """Outputs and gradients have the type of the model, and are near to what PyTorch gives in FP32.
+
+    NVFP4 is about 0.1 off in each operand, so three products of two operands each in a row are sqrt(6) * 0.1 off; 0.5
+    leaves twice that.
+    """
+    torch.manual_seed(0)
+    model, exact = Mlp().to(dtype), Mlp()
+    exact.load_state_dict(model.state_dict())
+    x = torch.randn(4, 12, 32).to(dtype)
+    tangent = torch.randn(4, 12, 32).to(dtype)
+    output = torch.compile(model, backend="nvfp4", options=ALL)(x)
+    output.backward(tangent)
+    check_kernels(kernel_calls)
+    expected = exact(x.float())
+    expected.backward(tangent.float())
+    assert output.dtype is dtype
+    assert 0.02 < relative_error(output, expected) < 0.5
+    for parameter, judge in zip(model.parameters(), exact.parameters(), strict=True):
+        assert parameter.grad.dtype is dtype
+        assert relative_error(parameter.grad, judge.grad) < 0.5
+
+
+def test_autocast(kernel_calls: list[KernelCall]) -> None:
+    """Under autocast products are BF16 and parameters stay FP32, also where autocast is entered inside the model."""
+
+    class Inside(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(x)
+
+    torch.manual_seed(0)
+    outside, inside = Mlp(), Inside()
+    inside.load_state_dict(outside.state_dict())
+    x = torch.randn(48, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = torch.compile(outside, backend="nvfp4", options=NEAREST)(x)
+    output.float().square().mean().backward()
+    check_kernels(kernel_calls)
+    assert {call.x.dtype for call in kernel_calls if call.kernel == "operand"} == {torch.bfloat16}
+    again = torch.compile(inside, backend="nvfp4", options=NEAREST)(x)
+    again.float().square().mean().backward()
+    assert output.dtype is again.dtype is torch.bfloat16
+    assert torch.equal(output, again)
+    for one, other in zip(outside.parameters(), inside.parameters(), strict=True):
+        assert one.grad.dtype is torch.float32
+        assert torch.equal(one.grad, other.grad)
+
+
+class Mixed(nn.Module):
+    """A tied embedding and head, a layer used twice, one that is frozen, with and without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(48, 32)
+        self.twice = nn.Linear(32, 32, bias=False)
+        self.frozen = nn.Linear(32, 32).requires_grad_(False)
+        self.middle = nn.Linear(32, 32)
+        self.middle.bias.requires_grad_(False)
+        self.head = nn.Linear(32, 48, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.twice(self.embedding(tokens))
+        x = self.frozen(self.twice(torch.relu(x)))
+        return self.head(self.middle(torch.relu(x)))
+
+
+def test_tied_frozen_and_repeated_layers(kernel_calls: list[KernelCall]) -> None:
+    """A step equals the interpreted graph; a frozen weight has no gradient, and a tied one the sum of both."""
+    torch.manual_seed(0)
+    model = Mixed()
+    tokens = torch.randperm(48).view(4, 12)
+    watched = Watched(ALL)
+    with passes_run():
+        output = torch.compile(model, backend=watched)(tokens)
+        tangent = torch.randn_like(output)
+        output.backward(tangent)
+    check_kernels(kernel_calls)
+    seed = next(call.seed for call in kernel_calls if call.seed is not None)
+    with torch.no_grad():
+        expected, *gradients = Reference(watched.graphs[0], seed).run(*watched.arguments[0], tangent)
+    assert torch.equal(output, expected)
+    for argument, gradient in zip(watched.arguments[0], gradients, strict=True):
+        if isinstance(argument, nn.Parameter):
+            assert (argument.grad is None) == (gradient is None) == (not argument.requires_grad)
+        if gradient is not None:
+            # Sums over 48 tokens (a bias) and of two uses of one weight may be taken in any order.
+            torch.testing.assert_close(argument.grad, gradient, rtol=0, atol=48 * 2**-23 * float(gradient.abs().max()))
+
+
+class Frozen(nn.Module):
+    """Adapters on a frozen layer: its weight needs no gradient, its input does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(32, 32).requires_grad_(False)
+        self.down = nn.Linear(32, 16, bias=False)
+        self.up = nn.Linear(16, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.up(self.down(x))
+        return torch.relu(self.base(x))
+
+
+def test_a_frozen_layer_passes_gradients_on() -> None:
+    """dgrad of a frozen layer is there, wgrad is not."""
+    model = Frozen()
+    roles = {(row.site, row.role) for row in nvfp4c.explain(model, torch.randn(16, 32), recipe="nvfp4-all").rows}
+    assert ("base", "dgrad") in roles
+    assert ("base", "wgrad") not in roles
+    assert {("up", "wgrad"), ("down", "wgrad")} <= roles
+
+
+class Blocks(nn.Module):
+    """Two blocks, each recomputed in backward or not."""
+
+    def __init__(self, recompute: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Mlp() for _ in range(2))
+        self.recompute = recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
+        return x
+
+
+def saved_by(model: nn.Module, x: Tensor, options: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    """Output of one step with its backward, and all that is kept from forward for backward but parameters."""
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = torch.compile(model, backend="nvfp4", options=options)(x)
+    output.square().mean().backward()
+    addresses = {parameter.data_ptr() for parameter in model.parameters()}
+    return output.detach(), [tensor for tensor in saved if tensor.data_ptr() not in addresses]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_checkpointed_region_saves_nothing_of_ours(rounding: str) -> None:
+    """Only the inputs of regions are saved; gradients are those of the model without checkpoints."""
+    options = {"recipe": replace(RECIPES["nvfp4-all"], gradient_rounding=rounding)}
+    torch.manual_seed(0)
+    plain, recomputed = Blocks(False), Blocks(True)
+    recomputed.load_state_dict(plain.state_dict())
+    x = torch.randn(48, 32)
+    torch.manual_seed(1)
+    expected, saved = saved_by(plain, x, options)
+    torch.manual_seed(1)
+    output, kept = saved_by(recomputed, x, options)
+    packed = (torch.uint8, torch.float8_e4m3fn)
+    assert {tensor.dtype for tensor in saved}.issuperset(packed), "without checkpoints packed operands are saved"
+    assert [(tensor.dtype, tuple(tensor.shape)) for tensor in kept] == [(torch.float32, (48, 32))] * 2
+    assert torch.equal(output, expected)
+    for one, other in zip(plain.parameters(), recomputed.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad) or one.dim() == 1
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_gradients_accumulate() -> None:
+    """Two backward passes add up what each of them gives."""
+    torch.manual_seed(0)
+    model = Mlp()
+    compiled = torch.compile(model, backend="nvfp4", options=NEAREST)
+    batches = torch.randn(2, 48, 32)
+
+    def gradients(*inputs: Tensor) -> list[Tensor]:
+        model.zero_grad()
+        for x in inputs:
+            compiled(x).square().mean().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    first, second, both = gradients(batches[0]), gradients(batches[1]), gradients(*batches)
+    for one, other, total in zip(first, second, both, strict=True):
+        assert torch.equal(one + other, total)
+
+
+class Broken(nn.Module):
+    """Two graphs with plain Python between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Mlp()
+        self.second = Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+def test_graph_breaks(kernel_calls: list[KernelCall]) -> None:
+    """Each part of a broken model is compiled; its sites keep their names, so that a plan finds them."""
+    torch.manual_seed(0)
+    model = Broken()
+    x = torch.randn(48, 32)
+    plan = {"second.up": "bf16", "first.down": {"wgrad": "bf16"}}
+    watched = Watched({**NEAREST, "plan": plan})
+    with passes_run():
+        output = torch.compile(model, backend=watched)(x)
+        output.square().mean().backward()
+    assert len(watched.graphs) == 2
+    check_kernels(kernel_calls)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    rows = nvfp4c.explain(model, x, recipe="nvfp4-all", plan=plan).rows
+    kept = {(row.site, row.role): row.reason for row in rows if row.precision == "bf16"}
+    assert kept == {
+        ("second.up", "fprop"): "plan: second.up",
+        ("second.up", "dgrad"): "plan: second.up",
+        ("second.up", "wgrad"): "plan: second.up",
+        ("first.down", "wgrad"): "plan: first.down",
+    }
