@@ -127,6 +127,11 @@ def test_all_roles_of_a_block_stay_together() -> None:
     }
 
 
+def test_a_model_that_ends_in_a_block_has_no_head() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16)) for _ in range(2)))
+    assert forward_reasons(assigned(captured(model, torch.randn(4, 16), train=False), NVFP4)) == {"0.0": "", "1.0": ""}
+
+
 def test_blocks_are_counted_in_the_whole_model() -> None:
     """A graph break leaves one graph with few of the blocks; how many there are is known from the model."""
     found = decoder(4)
@@ -219,8 +224,9 @@ def test_the_plan_overrides_roles() -> None:
 
 def test_an_obstacle_is_final() -> None:
     model = nn.Sequential(nn.Linear(16, 16).double(), nn.Linear(16, 16).double())
-    graph = assigned(captured(model, torch.randn(4, 16).double()), ALL, from_rules({"*": "nvfp4"}))
-    assert set(reasons(graph).values()) == {"dtype float64"}
+    for recipe, plan in ((ALL, from_rules({"*": "nvfp4"})), (NVFP4, None), (ALL, from_rules({"*": "bf16"}))):
+        graph = assigned(captured(model, torch.randn(4, 16).double()), recipe, plan)
+        assert set(reasons(graph).values()) == {"dtype float64"}
 
 
 @pytest.mark.parametrize(

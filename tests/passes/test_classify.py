@@ -91,6 +91,9 @@ LAYERS = {
         (4, 16, 32),
         X_FIRST,
     ),
+    "bmm, one weight for all": Case(
+        layer(lambda s, x: torch.bmm(x, s.w.expand(4, 32, 48)), w=torch.randn(32, 48)), (4, 16, 32), X_FIRST
+    ),
     "matmul 2-D": Case(layer(lambda s, x: x @ s.w, w=torch.randn(32, 48)), (16, 32), X_FIRST),
     "matmul 3-D": Case(layer(lambda s, x: x @ s.w, w=torch.randn(32, 48)), (4, 16, 32), X_FIRST),
     "matmul 4-D": Case(layer(lambda s, x: x @ s.w, w=torch.randn(32, 48)), (2, 3, 16, 32), X_FIRST),
@@ -449,6 +452,12 @@ def test_nothing_is_known_about_the_model() -> None:
     """Without names every operand is an activation."""
     graph = Classify(ModelNames())(trace(lambda x, w: torch.mm(x, w), torch.randn(16, 32), torch.randn(32, 48)))
     assert obstacles(graph) == [("matmul fprop x x", ACTIVATIONS)]
+
+
+def test_the_type_is_the_first_obstacle() -> None:
+    """A product of two activations that are integers is named by what nothing could change."""
+    graph = hand_made(aten.mm.default, torch.ones(16, 32).int(), torch.ones(32, 48).int())
+    assert obstacles(Classify(ModelNames())(graph)) == [("matmul fprop x x", "dtype int32")]
 
 
 def test_origin_stops_at_arithmetic() -> None:

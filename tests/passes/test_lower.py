@@ -340,6 +340,29 @@ def test_a_transform_that_was_not_folded() -> None:
     assert targets(lowered(trace(source, bf16(16, 40))))["nvfp4_eager.hadamard"] == 1
 
 
+def test_a_rotated_tensor_is_written_once() -> None:
+    """Kernels that need the rotated tensor share it, as the CPU's amax and quantise do."""
+
+    def rotated(x: Tensor, signs: Any) -> Tensor:
+        return x if signs is None else eager.hadamard(x, signs)
+
+    table = replace(
+        EAGER,
+        amax=lambda x, signs=None: eager.amax(rotated(x, signs)),
+        operand=lambda x, amax, block, rounding, signs=None, *rest: eager.operand(
+            rotated(x, signs), amax, block, rounding, None, *rest
+        ),
+    )
+
+    def source(x: Tensor, y: Tensor) -> Tensor:
+        a, b = (nvfp4.amax(given, SIGNS) for given in (x, y))
+        operands = ((*nvfp4.quantize(given, amax, [1, 16], "nearest", SIGNS), amax) for given, amax in ((x, a), (y, b)))
+        return nvfp4.scaled_mm(*next(operands), *next(operands), 48, None, torch.float32)
+
+    graph = lowered(trace(source, bf16(16, 40), bf16(32, 40)), table)
+    assert targets(graph)["nvfp4_eager.hadamard"] == 2
+
+
 def test_other_nodes_stay() -> None:
     def source(x: Tensor) -> tuple[Tensor, Tensor]:
         return x * 2, x + 1

@@ -113,7 +113,8 @@ def test_checkpointed_tensors_pass_their_tags_on() -> None:
 
 
 def test_nothing_is_tagged_without_checkpointing() -> None:
-    graph = placed(Blocks(checkpointed=False))
+    """Nor does what reads the seed pass on that it is saved."""
+    graph = placed(Blocks(checkpointed=False), RANDOM_INPUTS)
     assert [node.target for node in graph.nodes if "recompute" in node.meta] == [SEED]
 
 
