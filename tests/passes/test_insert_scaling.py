@@ -120,6 +120,24 @@ def test_bmm() -> None:
     assert text(scaled(lambda x, w: aten.bmm(x, w), (ROW, TILE), *inputs)) == text(trace(expected, *inputs))
 
 
+def test_other_permutations_are_not_undone() -> None:
+    """Only an exchange of the last two axes is a transpose."""
+
+    def source(x: Tensor, w: Tensor) -> Tensor:
+        return aten.bmm(x, aten.permute(w, [1, 2, 0]))
+
+    def expected(x: Tensor, w: Tensor) -> Tensor:
+        w_t = aten.permute(aten.permute(w, [1, 2, 0]), [0, 2, 1])
+        xa = nvfp4.amax(x)
+        xc, xs = nvfp4.quantize(x, xa, [1, 16], "nearest")
+        wa = nvfp4.amax(w)
+        wc, ws = nvfp4.quantize(w_t, wa, [1, 16], "nearest")
+        return nvfp4.scaled_mm(xc, xs, xa, wc, ws, wa, 32, None, torch.bfloat16)
+
+    inputs = bf16(4, 16, 32), bf16(48, 4, 32)
+    assert text(scaled(source, (ROW, ROW), *inputs)) == text(trace(expected, *inputs))
+
+
 def test_stochastic_operands_share_a_seed_and_have_streams_of_their_own() -> None:
     def source(dy: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         shifted = dy + 1

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from eager_target import EAGER, PACKED, PLAIN, dequantize_codes, eager, exact_product
 from graphs import (
     SIGNS,
     Reference,
@@ -27,7 +27,7 @@ from graphs import (
 from torch import Tensor, fx, nn
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from nvfp4c import dialect, numerics
+from nvfp4c import dialect
 from nvfp4c.codegen.targets import TARGETS, kernel_table
 from nvfp4c.dialect import SCALED_MM, KernelTable, Stage
 from nvfp4c.passes.lower import Lower
@@ -37,91 +37,6 @@ from nvfp4c.recipe import RECIPES, Recipe
 ALL = RECIPES["nvfp4-all"]
 WEIGHT_ONLY = RECIPES["nvfp4-weight-only"]
 
-# A target whose kernels are the reference functions, run eagerly: each is one call in the lowered graph.
-
-LIBRARY = torch.library.Library("nvfp4_eager", "DEF")
-
-
-def _dequantize(codes: Tensor, scales: Tensor, k: int) -> Tensor:
-    return dialect.dequantize(codes, scales, None, k, torch.float32).contiguous()
-
-
-def _operand(
-    x: Tensor,
-    amax: Tensor,
-    block: Sequence[int],
-    rounding: str,
-    signs: Sequence[int] | None = None,
-    seed: Tensor | None = None,
-    stream: int = 0,
-) -> Tensor:
-    codes, scales = dialect.quantize_values(x, amax, block, rounding, signs, seed, stream)
-    values = numerics.block_values(codes, scales)
-    return (values if signs is not None else values.narrow(-1, 0, x.shape[-1])).contiguous()
-
-
-def _fake_operand(x: Tensor, *args: Any) -> Tensor:
-    rotated = args[3:4] not in ((), (None,))
-    return x.new_empty(nvfp4.hadamard(x, args[3]).shape if rotated else x.shape, dtype=torch.float32)
-
-
-def _fake_dequantize(codes: Tensor, scales: Tensor, k: int) -> Tensor:
-    return nvfp4.dequantize(codes, scales, None, k, torch.float32)
-
-
-for schema, function, fake in (
-    ("hadamard(Tensor x, int[] signs) -> Tensor", nvfp4.hadamard, nvfp4.hadamard),
-    ("amax(Tensor x, int[]? signs=None) -> Tensor", nvfp4.amax, nvfp4.amax),
-    (str(nvfp4.quantize.default._schema).removeprefix("nvfp4::"), nvfp4.quantize, nvfp4.quantize),
-    ("dequantize(Tensor codes, Tensor scales, SymInt k) -> Tensor", _dequantize, _fake_dequantize),
-    (
-        "operand(Tensor x, Tensor amax, int[] block, str rounding, int[]? signs=None, Tensor? seed=None, int stream=0) "
-        "-> Tensor",
-        _operand,
-        _fake_operand,
-    ),
-):
-    name = schema.split("(", 1)[0]
-    LIBRARY.define(schema)
-    LIBRARY.impl(name, function, "CPU")
-    torch.library.register_fake(f"nvfp4_eager::{name}", fake, lib=LIBRARY)
-
-eager = torch.ops.nvfp4_eager
-
-
-def exact_product(a: Tensor, b: Tensor) -> Tensor:
-    """The product summed in FP64. A sum of the products of two 6-bit numbers is nearly always exact there, so it does
-    not depend on the order of summation."""
-    return torch.matmul(a.double(), b.double().mT).float()
-
-
-EAGER = KernelTable(
-    target="eager",
-    operand_dtype=torch.float32,
-    hadamard=eager.hadamard.default,
-    amax=eager.amax.default,
-    quantize=eager.quantize.default,
-    dequantize=eager.dequantize.default,
-    product=exact_product,
-    operand=eager.operand.default,
-    names={},
-)
-PACKED = replace(EAGER, target="packed", operand=None)
-"""A target without an unpacked form, as the GPUs are."""
-
-PLAIN = KernelTable(
-    target="plain",
-    operand_dtype=torch.float32,
-    hadamard=lambda x, signs: numerics.rotate(x, signs),
-    amax=dialect.amax,
-    quantize=dialect.quantize,
-    dequantize=_dequantize,
-    product=exact_product,
-    operand=None,
-    names={},
-)
-"""A target without operations of its own: everything becomes aten."""
-
 
 class ExactProducts(Reference):
     """The reference, with products summed as `exact_product` sums them."""
@@ -130,7 +45,7 @@ class ExactProducts(Reference):
         if target is not SCALED_MM:
             return super().call_function(target, args, kwargs)
         a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, k, bias, dtype = args
-        product = exact_product(_dequantize(a_codes, a_scales, k), _dequantize(b_codes, b_scales, k))
+        product = exact_product(dequantize_codes(a_codes, a_scales, k), dequantize_codes(b_codes, b_scales, k))
         return dialect.scale_product(product, a_amax, b_amax, bias, dtype)
 
 
@@ -300,6 +215,18 @@ def test_transposed_tiles_that_are_saved() -> None:
     assert targets(lowered(trace(source, bf16(48, 32))))["nvfp4_eager.quantize"] == 1
 
 
+def test_tiles_read_here_and_saved_transposed() -> None:
+    """The turned bytes need the packed tiles, so the product reads those too."""
+
+    def source(x: Tensor, w: Tensor) -> list[Tensor]:
+        codes, scales, amax = packed(w, [16, 16])
+        y = nvfp4.scaled_mm(*packed(x, [1, 16]), codes, scales, amax, 32, None, torch.float32)
+        return [y, *nvfp4.transpose(codes, scales, 32)]
+
+    found = targets(lowered(trace(source, bf16(16, 32), bf16(48, 32))))
+    assert (found["nvfp4_eager.quantize"], found["nvfp4_eager.operand"], found["nvfp4_eager.dequantize"]) == (1, 1, 1)
+
+
 def test_weights_only() -> None:
     """A dequantised weight carries its global factor, and is rounded once."""
 
@@ -383,11 +310,11 @@ def test_constants_of_a_kernel() -> None:
         return torch.maximum(x.abs().amax().float(), torch.tensor(100.0))
 
     graph = trace(lambda x, w: (nvfp4.amax(x), nvfp4.amax(w)), bf16(16, 32), bf16(48, 32))
-    root = nn.Module()
-    root.register_buffer("_nvfp4_constant0", torch.zeros(1))
-    module = fx.GraphModule(root, graph)
+    module = fx.GraphModule(nn.Module(), graph)
+    module.register_buffer("_nvfp4_constant0", torch.zeros(1))
     Lower(replace(EAGER, amax=amax))(module.graph)
     assert run(module.graph, bf16(16, 32), bf16(48, 32), root=module) == [torch.tensor(100.0)] * 2
+    assert torch.equal(module.get_buffer("_nvfp4_constant0"), torch.zeros(1))
 
 
 def test_kernels_are_traced_once_a_shape() -> None:
