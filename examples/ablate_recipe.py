@@ -39,6 +39,9 @@ VARIANTS: dict[str, recipe.Recipe | None] = {
 """None is Inductor alone: BF16 autocast on a GPU, FP32 on a CPU."""
 
 
+SHARED = "mean nothing: other work shared the device"
+
+
 def main() -> None:
     """Run every variant with every seed; results so far are on disk after each run."""
     arguments = parse()
@@ -50,6 +53,7 @@ def main() -> None:
     about = {
         "command": shlex.join(["python", *sys.argv]),
         "commit": arguments.commit or commit(),
+        "speeds": SHARED if arguments.shared else "each run had the device for itself",
         **environment.describe(device),
         "text": f"{corpus.source}, {corpus.files} files, {len(corpus.train):,} + {len(corpus.validation):,} bytes",
     }
@@ -93,6 +97,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model-size", help="tiny, small, medium or large")
     parser.add_argument("--data", type=Path, help="a folder of text; the Python standard library by default")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--shared", action="store_true", help="other work shares the device: leave speeds out of the table"
+    )
     parser.add_argument("--commit", help="what to record where this is no git checkout")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     return parser.parse_args()
@@ -150,14 +157,14 @@ def markdown(settings: Settings, about: dict[str, str], runs: Mapping[str, Mappi
         "",
         f"| {' | '.join(columns)} |",
         f"| --- {'| ---: ' * (len(columns) - 1)}|",
-        *(f"| {' | '.join(cells(name, seeds, runs))} |" for name in runs if runs[name]),
+        *(f"| {' | '.join(cells(name, seeds, runs, about['speeds'] != SHARED))} |" for name in runs if runs[name]),
         "",
         *(f"- {key}: `{value}`" for key, value in about.items()),
     ]
     return "\n".join(lines) + "\n"
 
 
-def cells(name: str, seeds: list[int], runs: Mapping[str, Mapping[int, Run]]) -> list[str]:
+def cells(name: str, seeds: list[int], runs: Mapping[str, Mapping[int, Run]], timed: bool) -> list[str]:
     """One line of the table."""
     own, base = runs[name], runs.get(BASE, {})
     gaps = [own[seed].final_validation_loss / base[seed].final_validation_loss - 1 for seed in own if seed in base]
@@ -166,7 +173,7 @@ def cells(name: str, seeds: list[int], runs: Mapping[str, Mapping[int, Run]]) ->
     memory = max((run.peak_memory_bytes or 0) for run in own.values())
     losses = [loss_text(own[seed]) if seed in own else "" for seed in seeds]
     mean_gap = f"{statistics.fmean(gaps):+.2%}" if gaps and name != BASE else ""
-    return [name, *losses, mean_gap, f"{speeds:,.0f}", f"{memory / 2**30:.2f}" if memory else ""]
+    return [name, *losses, mean_gap, f"{speeds:,.0f}" if timed else "", f"{memory / 2**30:.2f}" if memory else ""]
 
 
 def loss_text(run: Run) -> str:
