@@ -97,9 +97,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model-size", help="tiny, small, medium or large")
     parser.add_argument("--data", type=Path, help="a folder of text; the Python standard library by default")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument(
-        "--shared", action="store_true", help="leave speeds out: other work shares the device"
-    )
+    parser.add_argument("--shared", action="store_true", help="leave speeds out: other work shares the device")
     parser.add_argument("--commit", help="what to record where this is no git checkout")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     return parser.parse_args()
