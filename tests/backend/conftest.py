@@ -10,6 +10,7 @@ import pytest
 import torch
 from inside import KernelCall
 from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils._pytree import tree_map
 
 from nvfp4c.codegen import cpu
@@ -19,9 +20,10 @@ CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Code compiled for one test is found by the next. A cache folder that the caller has set is used as it is."""
+    """Code compiled for one test is found by the next, and none of earlier runs, unless the caller has set a folder."""
     with pytest.MonkeyPatch.context() as patch:
-        if CACHE not in os.environ:
+        # Inductor sets the variable too, when it first looks for its default folder.
+        if os.environ.get(CACHE) in (None, default_cache_dir()):
             patch.setenv(CACHE, str(tmp_path_factory.mktemp("inductor")))
         yield
 
