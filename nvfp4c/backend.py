@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,8 @@ def cache_key(gm: fx.GraphModule, options: Options, target: Target, names: Model
         "recipe": options.recipe.to_dict(),
         "plan": options.plan.to_dict(),
         "target": target.name,
-        "inputs": [list(described.names) for described in names.inputs],
+        "inputs": [asdict(described) for described in names.inputs],
+        "held": {name: asdict(described) for name, described in names.held.items()},
         "weights": list(names.weights),
         "modules": [names.module_of(node) for node in gm.graph.nodes if node.op == "call_function"],
     }

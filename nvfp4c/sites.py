@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 
 import torch
@@ -32,16 +32,22 @@ class ModelNames:
     """Everything passes may know about the model beyond the graph.
 
     inputs: of the captured graph, in order. modules: name of each module by its id. weights: names of all sites that
-    the whole model could have, empty when the model is not known.
+    the whole model could have, empty when the model is not known. held: parameters and buffers that the graph holds
+    itself, instead of as inputs, by their attribute; so it is where Inductor freezes weights.
     """
 
     inputs: tuple[GraphInput, ...] = ()
     modules: Mapping[str, str] | None = None
     weights: tuple[str, ...] = ()
+    held: Mapping[str, GraphInput] = field(default_factory=dict)
 
     def input_of(self, placeholder: fx.Node, position: int) -> GraphInput:
         """What a placeholder of the joint graph is; `position` is its place among the graph's primal inputs."""
-        index = getattr(placeholder.meta.get("desc"), "idx", position)
+        described = placeholder.meta.get("desc")
+        attribute = getattr(described, "target", None)
+        if attribute is not None:
+            return self.held.get(attribute, GraphInput((), False))
+        index = getattr(described, "idx", position)
         if placeholder.meta.get("partitioner_tag") == "is_backward" or not 0 <= index < len(self.inputs):
             return GraphInput((), False)
         return self.inputs[index]
@@ -105,7 +111,11 @@ def names_of(gm: fx.GraphModule, inputs: Iterable[object], root: nn.Module | Non
     found = [(_source(node), node.name, value) for node, value in zip(placeholders, inputs, strict=True)]
     arguments_are_data = any(_is_held(source, value) for source, _, value in found)
     described = tuple(_describe(*each, known, arguments_are_data) for each in found)
-    return ModelNames(described, modules, weights)
+    own = {
+        name: GraphInput(tuple(known.get(id(tensor), ())) or (name,), True)
+        for name, tensor in (*gm.named_parameters(), *gm.named_buffers())
+    }
+    return ModelNames(described, modules, weights, own)
 
 
 def _source(placeholder: fx.Node) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from inside import KernelCall, Mlp, check_kernels
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 from nvfp4c import numerics
 from nvfp4c.recipe import RECIPES
@@ -98,3 +99,19 @@ def test_inference(recipe: str, context: Callable[[], Any], eager_kernels: None)
     # Products in FP32 of at most 64 terms: each sum may be taken in any order. Where that moves a value of the second
     # layer's input over a tie, one code differs, which is 1 part in 64 of one sum.
     assert relative_error(found, expected) < 1e-3
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4-all", "nvfp4-weight-only"])
+def test_frozen_weights(recipe: str, eager_kernels: None) -> None:
+    """With Inductor's freezing, weights are constants of the graph; they are quantised all the same, bit for bit."""
+    torch.manual_seed(0)
+    model = Mlp().eval()
+    x = torch.randn(32, 32)
+    options = {"recipe": recipe}
+    with torch.no_grad():
+        expected = torch.compile(model, backend="nvfp4", options=options)(x)
+        torch._dynamo.reset()
+        with inductor_config.patch(freezing=True):
+            found = torch.compile(model, backend="nvfp4", options=options)(x)
+        assert torch.equal(found, expected)
+        assert not torch.allclose(found, model(x))
