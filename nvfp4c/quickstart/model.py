@@ -39,7 +39,7 @@ SIZES = {
     size.name: size
     for size in (
         Size("tiny", 2, 64, 2, 192, sequence=64, batch=8, steps=100, learning_rate=4e-3),
-        Size("small", 4, 128, 4, 384, sequence=128, batch=8, steps=250, learning_rate=2e-3),
+        Size("small", 4, 128, 4, 384, sequence=128, batch=8, steps=200, learning_rate=2e-3),
         Size("medium", 8, 512, 8, 1408, sequence=512, batch=32, steps=500, learning_rate=1e-3),
         Size("large", 12, 768, 12, 2048, sequence=1024, batch=32, steps=300, learning_rate=6e-4),
     )
