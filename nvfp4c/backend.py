@@ -22,8 +22,8 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.exc import InvalidCxxCompiler
 
+from nvfp4c import debug, pipeline
 from nvfp4c import options as option_parsing
-from nvfp4c import pipeline
 from nvfp4c.codegen import targets
 from nvfp4c.codegen.targets import Target
 from nvfp4c.errors import TargetError
@@ -35,9 +35,12 @@ PACKAGE = Path(__file__).parent
 
 
 class GraphPass(CustomGraphPass):
-    """Steps of the pipeline as Inductor runs them. `key` names everything that their result depends on."""
+    """Steps of the pipeline as Inductor runs them.
 
-    def __init__(self, title: str, steps: Sequence[Step], key: str, observers: Sequence[Observer] = ()) -> None:
+    key: names everything that their result depends on; None keeps Inductor's caches out, so that the steps do run.
+    """
+
+    def __init__(self, title: str, steps: Sequence[Step], key: str | None, observers: Sequence[Observer] = ()) -> None:
         self._title = title
         self._steps = tuple(steps)
         self._key = key
@@ -46,7 +49,7 @@ class GraphPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         pipeline.run(graph, self._steps, self._title, self._observers)
 
-    def uuid(self) -> str:
+    def uuid(self) -> str | None:
         return self._key
 
 
@@ -77,7 +80,7 @@ def compile_graph(
         target = targets.resolve(options.target, device_of(example_inputs))
         if target.name == "cpu":
             check_cpp_compiler()
-        key = cache_key(gm, options, target, names)
+        key = None if observers or debug.wanted() else cache_key(gm, options, target, names)
         joint = (*pipeline.decide(options.recipe, options.plan, names), *pipeline.rewrite())
         patches["joint_custom_pre_pass"] = GraphPass("joint", joint, key, observers)
         lower = pipeline.lowering(targets.kernel_table(target))

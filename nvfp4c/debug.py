@@ -34,6 +34,11 @@ def dump_folder() -> Path | None:
     return Path(folder) if folder else None
 
 
+def wanted() -> bool:
+    """Whether anybody wants to see passes run; then they must run, and no cache may take their place."""
+    return level() > 0 or dump_folder() is not None
+
+
 def readable(graph: fx.Graph) -> str:
     """A graph as text, one node a line: name, shape, call, and what passes wrote on it."""
     lines = []

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +65,10 @@ def check_kernels(calls: Sequence[KernelCall]) -> None:
 
 @dataclass
 class Watched:
-    """The backend with these options, keeping the SCALED stage of each graph and the arguments of its last call."""
+    """The backend with these options, keeping the SCALED stage of each graph and the arguments of its last call.
+
+    Who observes passes is not served from a cache, where no pass would run.
+    """
 
     options: dict[str, object]
     graphs: list[fx.GraphModule] = field(default_factory=list)
@@ -86,13 +88,6 @@ class Watched:
     def _keep(self, name: str, stage: dialect.Stage, graph: fx.Graph) -> None:
         if name == "share":
             self.graphs.append(fx.GraphModule(graph.owning_module, copied(graph)))
-
-
-@contextmanager
-def passes_run() -> Iterator[None]:
-    """Keep AOTAutograd's cache out: what it finds there, no pass is run for."""
-    with torch._functorch.config.patch(enable_autograd_cache=False):
-        yield
 
 
 class Reference(fx.Interpreter):

@@ -11,6 +11,8 @@ import uuid
 from pathlib import Path
 
 import pytest
+import torch
+from inside import Mlp
 
 from nvfp4c import backend
 
@@ -63,6 +65,24 @@ def test_changed_sources_are_noticed(part: str, tmp_path: Path, monkeypatch: pyt
     assert hash_anew() == before, "the place of the package does not matter"
     (package / part).write_text((package / part).read_text() + "\n")
     assert hash_anew() != before
+
+
+def test_whoever_wants_to_see_passes_sees_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eager_kernels: None
+) -> None:
+    """With NVFP4C_DUMP or NVFP4C_DEBUG a graph is compiled although it is cached."""
+
+    def infer() -> None:
+        torch._dynamo.reset()
+        with torch.no_grad():
+            torch.compile(Mlp(), backend="nvfp4")(torch.randn(16, 32))
+
+    infer()
+    monkeypatch.setenv("NVFP4C_DUMP", str(tmp_path))
+    for number in (1, 2):
+        infer()
+        assert len(list(tmp_path.glob("*-joint/*-share.txt"))) == number
+        assert len(list(tmp_path.glob("*-lower/*-lower.txt"))) == number
 
 
 FOUND_BY_NAME = """
