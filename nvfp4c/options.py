@@ -13,7 +13,7 @@ from nvfp4c.errors import OptionError, TargetError, nearest
 from nvfp4c.plan import EMPTY_PLAN, PrecisionPlan
 from nvfp4c.recipe import DEFAULT_RECIPE, Recipe
 
-OPTIONS = ("recipe", "plan", "target")
+OPTIONS = ("recipe", "plan", "target", "mode")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 OLDEST_TORCH, NEXT_TORCH = (2, 11), (2, 16)
 
@@ -34,13 +34,17 @@ class Options:
 
 
 def parse(options: Mapping[str, object] | None = None, mode: str | None = None) -> Options:
-    """Options from what `torch.compile` hands on. Raises OptionError or PlanError saying what is wrong."""
+    """Options from what `torch.compile` hands on. Raises OptionError or PlanError saying what is wrong.
+
+    `torch.compile` takes either options or a mode, so a mode may be among the options too.
+    """
     given = dict(options or {})
+    chosen = mode or given.get("mode", "default")
     for name in given:
         if name not in OPTIONS:
             raise OptionError(f"unknown option {name!r}; {nearest(str(name), OPTIONS)} (options: {', '.join(OPTIONS)})")
-    if mode is not None and mode not in MODES:
-        raise OptionError(f"unknown mode {mode!r}; {nearest(str(mode), MODES)} (modes: {', '.join(MODES)})")
+    if chosen not in MODES:
+        raise OptionError(f"unknown mode {chosen!r}; {nearest(str(chosen), MODES)} (modes: {', '.join(MODES)})")
     target = given.get("target", "auto")
     if not isinstance(target, str):
         raise OptionError(f"target must be a name such as 'auto' or 'sm_90', got {type(target).__name__}")
@@ -48,7 +52,7 @@ def parse(options: Mapping[str, object] | None = None, mode: str | None = None) 
         recipe=recipes.get(given.get("recipe", DEFAULT_RECIPE)),  # type: ignore[arg-type]
         plan=plans.get(given.get("plan")),
         target=target,
-        mode=mode or "default",
+        mode=str(chosen),
     )
 
 

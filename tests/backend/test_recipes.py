@@ -11,18 +11,18 @@ from inside import KernelCall, Mlp, check_kernels
 from torch import Tensor
 from torch._inductor import config as inductor_config
 
-from nvfp4c import numerics
+from nvfp4c import backend, numerics
 from nvfp4c.recipe import RECIPES
 
 Step = tuple[Tensor, dict[str, Tensor]]
 
 
-def step(backend: str, **options: Any) -> Step:
+def step(name: str, **options: Any) -> Step:
     """Output and gradients of one training step."""
     torch.manual_seed(0)
     model = Mlp()
     x = torch.randn(32, 32)
-    compiled = torch.compile(model, backend=backend, options=options or None)
+    compiled = torch.compile(model, backend=name, options=options or None)
     output = compiled(x)
     output.square().mean().backward()
     return output.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -115,3 +115,23 @@ def test_frozen_weights(recipe: str, eager_kernels: None) -> None:
             found = torch.compile(model, backend="nvfp4", options=options)(x)
         assert torch.equal(found, expected)
         assert not torch.allclose(found, model(x))
+
+
+@pytest.mark.parametrize("given", [{"mode": "reduce-overhead"}, {"options": {"mode": "max-autotune"}}], ids=str)
+def test_modes_mean_what_they_mean_for_inductor(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, eager_kernels: None
+) -> None:
+    """A mode is Inductor's own set of settings, whether given as such or among the options."""
+    seen: list[dict[str, Any]] = []
+
+    def compile_fx(gm: Any, inputs: Any, config_patches: dict[str, Any]) -> Callable[..., Any]:
+        seen.append(config_patches)
+        return gm.forward
+
+    monkeypatch.setattr(backend, "compile_fx", compile_fx)
+    torch.compile(Mlp(), backend="nvfp4", **given)(torch.randn(32, 32))
+    (patches,) = seen
+    mode = given.get("mode") or given["options"]["mode"]
+    for name, value in torch._inductor.list_mode_options(mode).items():
+        assert patches[name] == value
+    assert {"joint_custom_pre_pass", "post_grad_custom_pre_pass"} <= set(patches)
