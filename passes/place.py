@@ -4,6 +4,7 @@
   may compute it in the forward pass and save packed codes (4.5 bits an element) instead of the tensor itself (16 bits).
 - A node made from a tensor that activation checkpointing recomputes carries the same tags, so it is not saved instead.
 - A seed is drawn once and saved: drawn again it would give other random bits.
+- A selective checkpoint that saves a matmul means its product, not the operands that are quantised for it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import operator
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from nvfp4c.dialect import arguments, is_dialect
+from nvfp4c.dialect import SCALED_MM, arguments, is_dialect
 from nvfp4c.passes.graph_edit import backward_nodes
 from nvfp4c.passes.insert_scaling import SEED
 
@@ -27,6 +28,8 @@ def place(graph: fx.Graph) -> fx.Graph:
     for node in graph.nodes:
         if node.op == "placeholder":
             continue
+        if _is_operand(node) and node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE:
+            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
         if any(source in from_tangents for source in node.all_input_nodes):
             from_tangents.add(node)
         elif node.target is SEED:
@@ -37,12 +40,17 @@ def place(graph: fx.Graph) -> fx.Graph:
     return graph
 
 
-def _is_inserted(node: fx.Node) -> bool:
-    """Whether earlier passes made this node: an operation of the dialect, a part of one, or what only feeds those."""
-    if is_dialect(node):
-        return True
+def _is_operand(node: fx.Node) -> bool:
+    """Whether a node is a step on the way to a matmul, or a part of one, and not a product."""
     if node.target is operator.getitem:
         return is_dialect(arguments(node)[0])
+    return is_dialect(node) and node.target is not SCALED_MM
+
+
+def _is_inserted(node: fx.Node) -> bool:
+    """Whether earlier passes made this node: an operation of the dialect, a part of one, or what only feeds those."""
+    if is_dialect(node) or _is_operand(node):
+        return True
     return bool(node.users) and all(is_dialect(user) for user in node.users)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from inside import KernelCall, Mlp, Reference, Watched, check_kernels
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import nvfp4c
 from nvfp4c.recipe import RECIPES
@@ -138,17 +140,32 @@ def test_a_frozen_layer_passes_gradients_on() -> None:
     assert {("up", "wgrad"), ("down", "wgrad")} <= roles
 
 
-class Blocks(nn.Module):
-    """Two blocks, each recomputed in backward or not."""
+def save_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """The usual selective checkpoint: matmuls are too dear to be computed twice."""
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if operation in products else CheckpointPolicy.PREFER_RECOMPUTE
 
-    def __init__(self, recompute: bool) -> None:
+
+KINDS: dict[str, Callable[..., Any]] = {
+    "plain": lambda block, x: block(x),
+    "checkpoint": partial(checkpoint, use_reentrant=False),
+    "selective": partial(
+        checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, save_products)
+    ),
+}
+
+
+class Blocks(nn.Module):
+    """Two blocks, recomputed in backward or not."""
+
+    def __init__(self, kind: str) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Mlp() for _ in range(2))
-        self.recompute = recompute
+        self.call = KINDS[kind]
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
+            x = self.call(block, x)
         return x
 
 
@@ -167,21 +184,25 @@ def saved_by(model: nn.Module, x: Tensor, options: dict[str, Any]) -> tuple[Tens
     return output.detach(), [tensor for tensor in saved if tensor.data_ptr() not in addresses]
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_a_checkpointed_region_saves_nothing_of_ours(rounding: str) -> None:
-    """Only the inputs of regions are saved; gradients are those of the model without checkpoints."""
+@pytest.mark.parametrize(
+    ("kind", "rounding"), [("checkpoint", "nearest"), ("checkpoint", "stochastic"), ("selective", "nearest")]
+)
+def test_a_checkpointed_region_saves_nothing_of_ours(kind: str, rounding: str) -> None:
+    """Only what the user asked for is saved: inputs of regions, and products where a policy says so. Gradients are
+    those of the model without checkpoints."""
     options = {"recipe": replace(RECIPES["nvfp4-all"], gradient_rounding=rounding)}
     torch.manual_seed(0)
-    plain, recomputed = Blocks(False), Blocks(True)
+    plain, recomputed = Blocks("plain"), Blocks(kind)
     recomputed.load_state_dict(plain.state_dict())
     x = torch.randn(48, 32)
     torch.manual_seed(1)
     expected, saved = saved_by(plain, x, options)
     torch.manual_seed(1)
     output, kept = saved_by(recomputed, x, options)
-    packed = (torch.uint8, torch.float8_e4m3fn)
-    assert {tensor.dtype for tensor in saved}.issuperset(packed), "without checkpoints packed operands are saved"
-    assert [(tensor.dtype, tuple(tensor.shape)) for tensor in kept] == [(torch.float32, (48, 32))] * 2
+    assert {tensor.dtype for tensor in saved} > {torch.uint8, torch.float8_e4m3fn}, "packed operands are saved"
+    assert {tensor.dtype for tensor in kept} == {torch.float32}
+    shapes = [tuple(tensor.shape) for tensor in kept]
+    assert sorted(shapes) == [(48, 32)] * 2 if kind == "checkpoint" else {(48, 32), (48, 64)} == set(shapes)
     assert torch.equal(output, expected)
     for one, other in zip(plain.parameters(), recomputed.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad) or one.dim() == 1
