@@ -2,7 +2,8 @@
 
 python examples/ablate_recipe.py --seeds 0 1
 
-Started again with the same settings at the same commit, it goes on where it was stopped.
+Started again with the same settings at the same commit, it goes on where it was stopped. Several may run at a time
+into one folder, each with other --variants.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock  # comes with torch
 
 from nvfp4c import recipe
 from nvfp4c.files import write_text
@@ -57,8 +60,7 @@ def main() -> None:
         **environment.describe(device),
         "text": f"{corpus.source}, {corpus.files} files, {len(corpus.train):,} + {len(corpus.validation):,} bytes",
     }
-    runs: dict[str, dict[int, Run]] = {name: {} for name in arguments.variants}
-    runs |= finished(folder, settings, about)
+    runs: dict[str, dict[int, Run]] = {name: {} for name in VARIANTS} | finished(folder, settings, about)
     for seed in arguments.seeds:
         for name in arguments.variants:
             if seed in runs[name]:
@@ -66,7 +68,7 @@ def main() -> None:
             chosen = VARIANTS[name]
             backend, options = ("inductor", None) if chosen is None else ("nvfp4", {"recipe": chosen})
             runs[name][seed] = train(replace(settings, seed=seed), corpus, backend, options, watcher(name, seed))
-            save(folder, settings, about, runs)
+            runs = save(folder, settings, about, runs)
 
 
 def file_name(settings: Settings) -> str:
@@ -75,7 +77,7 @@ def file_name(settings: Settings) -> str:
 
 
 def finished(folder: Path, settings: Settings, about: Mapping[str, str]) -> dict[str, dict[int, Run]]:
-    """Runs that an earlier start with the same settings has left, by variant and seed."""
+    """Runs that other starts with the same settings have left, by variant and seed."""
     path = folder / f"{file_name(settings)}.json"
     if not path.exists():
         return {}
@@ -121,18 +123,26 @@ def commit() -> str:
     return found.stdout.strip() if found.returncode == 0 else "not in a git checkout"
 
 
-def save(folder: Path, settings: Settings, about: dict[str, str], runs: Mapping[str, Mapping[int, Run]]) -> None:
-    """Write everything known so far, as JSON with every number and as a table for people."""
+def save(
+    folder: Path, settings: Settings, about: dict[str, str], runs: Mapping[str, Mapping[int, Run]]
+) -> dict[str, dict[int, Run]]:
+    """Write everything known so far, as JSON with every number and as a table for people.
+
+    Returns the runs given and those that others have left in the folder.
+    """
     name = file_name(settings)
-    recipes = {name: chosen.to_dict() for name, chosen in VARIANTS.items() if chosen is not None and name in runs}
-    results = {
-        "about": about,
-        "settings": {key: value for key, value in asdict(settings).items() if key != "seed"},
-        "recipes": recipes,
-        "runs": {name: {str(seed): run_to_dict(run) for seed, run in seeds.items()} for name, seeds in runs.items()},
-    }
-    write_text(folder / f"{name}.json", to_json(results))
-    write_text(folder / f"{name}.md", markdown(settings, about, runs))
+    with FileLock(folder / f".{name}.lock"):
+        others = finished(folder, settings, about)
+        known = {name: {**others.get(name, {}), **own} for name, own in runs.items()}
+        results = {
+            "about": about,
+            "settings": {key: value for key, value in asdict(settings).items() if key != "seed"},
+            "recipes": {name: chosen.to_dict() for name, chosen in VARIANTS.items() if chosen and known[name]},
+            "runs": {name: {str(seed): run_to_dict(run) for seed, run in own.items()} for name, own in known.items()},
+        }
+        write_text(folder / f"{name}.json", to_json(results))
+        write_text(folder / f"{name}.md", markdown(settings, about, known))
+    return known
 
 
 def markdown(settings: Settings, about: dict[str, str], runs: Mapping[str, Mapping[int, Run]]) -> str:
