@@ -1,0 +1,254 @@
+"""The block-scaled GEMM and its scale layout against numerics: emulated anywhere, and native on a GPU that has FP4."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from triton.runtime.errors import InterpreterError
+
+from nvfp4c import dialect, numerics
+from nvfp4c.codegen import block_scaled_gemm, scale_layout
+from nvfp4c.codegen.block_scaled_gemm import EMULATED_TILE, TILES, block_scaled_mm
+from nvfp4c.formats import QUANTIZABLE_DTYPES, block_count
+
+INTERPRETED = bool(block_scaled_gemm.INTERPRETED)
+swizzled_place = scale_layout.swizzled_place
+
+
+@triton.jit
+def loop_kernel(out, count):
+    for index in tl.range(0, count):
+        tl.store(out + index, index)
+
+
+def loops_run() -> bool:
+    """Triton 3.6's interpreter takes a loop's bound from an array in a way that NumPy 2.4 no longer allows."""
+    if not INTERPRETED:
+        return True
+    try:
+        loop_kernel[(1,)](torch.empty(2, dtype=torch.int32), 2)
+    except InterpreterError:
+        return False
+    return True
+
+
+pytestmark = pytest.mark.skipif(not loops_run(), reason="this Triton's interpreter cannot loop with this NumPy")
+
+
+def native_tile() -> block_scaled_gemm.GemmTile | None:
+    """Of the GPU here, if it has FP4 tensor cores that there is a tile for."""
+    if INTERPRETED or not torch.cuda.is_available():
+        return None
+    return TILES.get("sm_{}{}".format(*torch.cuda.get_device_capability()))
+
+
+NATIVE = native_tile()
+WAYS = [pytest.param(EMULATED_TILE, True, id="emulated")]
+if NATIVE is not None:
+    WAYS += [pytest.param(NATIVE, False, id="native")]
+
+SHAPES = [(1, 1, 16), (5, 7, 80), (130, 40, 128), (100, 270, 144), (300, 140, 48), (128, 128, 256)]
+"""Rows, columns and k: below a tile, whole tiles, several and ragged tiles, rows of codes that TMA cannot read."""
+if not INTERPRETED:
+    SHAPES += [(1000, 3000, 256), (4096, 512, 192)]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (128, 4), (32, 3), (129, 5), (300, 11), (2, 140, 9), (2, 3, 5, 1)])
+def test_swizzling_can_be_undone(device: torch.device, shape: tuple[int, ...]) -> None:
+    scales = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    swizzled = scale_layout.swizzle(scales)
+    tiles = (*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 4), 32, 4, 4)
+    assert swizzled.shape == tiles and swizzled.is_contiguous()
+    assert torch.equal(scale_layout.unswizzle(swizzled, *shape[-2:]), scales)
+    # What was added is 0, and nothing is there twice.
+    assert swizzled.sum(dtype=torch.int64) == scales.sum(dtype=torch.int64)
+    typed = scales.view(torch.float8_e4m3fn)
+    assert torch.equal(scale_layout.swizzle(typed).view(torch.uint8), swizzled)
+
+
+def test_the_layout_is_the_documented_one(device: torch.device) -> None:
+    scales = torch.randint(0, 256, (384, 12), dtype=torch.uint8, device=device)
+    documented = scales.view(384 // 128, 4, 32, 192 // 64, 4).permute(0, 3, 2, 1, 4)
+    assert torch.equal(scale_layout.swizzle(scales), documented)
+
+
+@triton.jit
+def place_kernel(out, rows, blocks, SIZE: tl.constexpr):
+    index = tl.arange(0, SIZE)
+    tl.store(out + index, swizzled_place(index // blocks, index % blocks, blocks), mask=index < rows * blocks)
+
+
+@pytest.mark.parametrize("rows, blocks", [(3, 1), (130, 6), (200, 8)])
+def test_kernels_find_each_scale_where_it_is(device: torch.device, rows: int, blocks: int) -> None:
+    scales = torch.randint(1, 256, (rows, blocks), dtype=torch.uint8, device=device)
+    places = torch.empty(rows, blocks, dtype=torch.int32, device=device)
+    place_kernel[(1,)](places, rows, blocks, SIZE=2048)
+    assert torch.equal(scale_layout.swizzle(scales).flatten()[places.long()], scales)
+
+
+def test_bfloat16_holds_every_code_times_every_scale() -> None:
+    """So the emulated product multiplies what the FP4 tensor cores do."""
+    codes = torch.arange(16, dtype=torch.uint8)
+    scales = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    values = numerics.decode_e2m1(codes)[:, None] * scales.float()
+    assert torch.equal(values.bfloat16().float(), values)
+
+
+def exact_operand(shape: tuple[int, ...], k: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and amax whose products have exact sums in FP32, in any order.
+
+    Values are multiples of 2^-3 and at most 24, so products are multiples of 2^-6 and at most 576, and 256 of them sum
+    to less than 2^18: 24 bits hold them all.
+    """
+    assert k <= 256
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (*shape, k // 2), dtype=torch.uint8, generator=generator)
+    powers = torch.randint(-2, 3, (*shape, block_count(k)), generator=generator)
+    return codes, torch.exp2(powers.float()).to(torch.float8_e4m3fn), torch.rand((), generator=generator) + 1
+
+
+def multiplied(
+    a: tuple[Tensor, Tensor, Tensor],
+    b: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    way: tuple[block_scaled_gemm.GemmTile, bool],
+    device: torch.device,
+) -> Tensor:
+    """What the kernel makes of codes, scales and amax, on the CPU."""
+    a, b = ((codes, scale_layout.swizzle(scales), amax) for codes, scales, amax in (a, b))
+    arguments = [None if x is None else x.to(device) for x in (*a, *b, bias)]
+    return block_scaled_mm(*arguments, dtype, *way).cpu()
+
+
+def agree(
+    shape: tuple[int, ...], k: int, columns: int, dtype: torch.dtype, bias_dtype: torch.dtype | None, *where: object
+) -> None:
+    """The kernel's result is the reference's, bit for bit, for operands with exact sums."""
+    a, b = exact_operand(shape, k, 0), exact_operand((*shape[:-1], columns), k, 1)
+    bias = None if bias_dtype is None else (100 * torch.randn(columns)).to(bias_dtype)
+    expected = dialect.scaled_mm(*a, *b, k, bias, dtype)
+    found = multiplied(a, b, bias, dtype, *where)  # type: ignore[arg-type]
+    assert found.shape == expected.shape and found.dtype == dtype and found.is_contiguous()
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("tile, emulated", WAYS)
+@pytest.mark.parametrize("dtype", QUANTIZABLE_DTYPES)
+@pytest.mark.parametrize("rows, columns, k", SHAPES)
+def test_exact_sums_agree_bit_for_bit(
+    device: torch.device,
+    rows: int,
+    columns: int,
+    k: int,
+    dtype: torch.dtype,
+    tile: block_scaled_gemm.GemmTile,
+    emulated: bool,
+) -> None:
+    agree((rows,), k, columns, dtype, None, (tile, emulated), device)
+
+
+@pytest.mark.parametrize("tile, emulated", WAYS)
+@pytest.mark.parametrize("bias_dtype", QUANTIZABLE_DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bias_is_added_before_the_one_rounding(
+    device: torch.device,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+    tile: block_scaled_gemm.GemmTile,
+    emulated: bool,
+) -> None:
+    agree((50,), 112, 201, dtype, bias_dtype, (tile, emulated), device)
+
+
+@pytest.mark.parametrize("tile, emulated", WAYS)
+@pytest.mark.parametrize("rows, columns", [(1, 1), (130, 33), (40, 260)])
+def test_batches_do_not_mix(
+    device: torch.device, rows: int, columns: int, tile: block_scaled_gemm.GemmTile, emulated: bool
+) -> None:
+    agree((3, rows), 80, columns, torch.bfloat16, torch.float32, (tile, emulated), device)
+
+
+@pytest.mark.parametrize("tile, emulated", WAYS)
+@settings(max_examples=10)
+@given(
+    rows=st.integers(1, 200),
+    columns=st.integers(1, 200),
+    blocks=st.integers(1, 16),
+    dtype=st.sampled_from(QUANTIZABLE_DTYPES),
+    bias=st.none() | st.sampled_from(QUANTIZABLE_DTYPES),
+)
+def test_any_size_agrees(
+    device: torch.device,
+    rows: int,
+    columns: int,
+    blocks: int,
+    dtype: torch.dtype,
+    bias: torch.dtype | None,
+    tile: block_scaled_gemm.GemmTile,
+    emulated: bool,
+) -> None:
+    agree((rows,), 16 * blocks, columns, dtype, bias, (tile, emulated), device)
+
+
+@pytest.mark.parametrize("tile, emulated", WAYS)
+def test_random_operands_agree_up_to_the_order_of_sums(
+    device: torch.device, tile: block_scaled_gemm.GemmTile, emulated: bool
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    k = 500
+    a, b = (numerics.quantize(torch.randn(rows, k, generator=generator)) for rows in (70, 90))
+    found = multiplied(
+        (a.codes, a.scales, a.amax), (b.codes, b.scales, b.amax), None, torch.float32, (tile, emulated), device
+    )
+    expected = numerics.scaled_mm(a, b, None, torch.float32)
+    # k sums in FP32, in any order, and two roundings of the epilogue err by at most (k + 2) * 2^-24 of the sum of the
+    # magnitudes; two results differ by twice that at most, and by twice again where tensor cores truncate their sums.
+    magnitudes = a.dequantize().abs().double() @ b.dequantize().abs().double().T
+    assert ((found - expected).abs() <= 4 * (k + 2) * 2.0**-24 * magnitudes).all()
+
+
+@pytest.mark.parametrize("tile, emulated", WAYS)
+def test_nan_stays_in_its_row(device: torch.device, tile: block_scaled_gemm.GemmTile, emulated: bool) -> None:
+    """Every scale of a non-finite tensor is NaN; one NaN scale must reach its row, and no other."""
+    a, b = exact_operand((20,), 64, 0), exact_operand((30,), 64, 1)
+    a[1].view(torch.uint8)[7, 2] = 0x7F
+    found = multiplied(a, b, None, torch.bfloat16, (tile, emulated), device)
+    assert found[7].isnan().all() and not torch.cat([found[:7], found[8:]]).isnan().any()
+
+
+@pytest.mark.parametrize("rows, columns, k", [(0, 5, 16), (5, 0, 16), (5, 4, 0)])
+def test_empty_operands(device: torch.device, rows: int, columns: int, k: int) -> None:
+    agree((rows,), k, columns, torch.bfloat16, torch.bfloat16, (EMULATED_TILE, True), device)
+
+
+def test_operands_may_lie_anywhere_in_memory(device: torch.device) -> None:
+    """TMA needs aligned addresses and one step between rows."""
+    codes, scales, amax = exact_operand((40,), 64, 0)
+    swizzled = scale_layout.swizzle(scales)
+    shifted = torch.empty(codes.numel() + 1, dtype=torch.uint8, device=device)[1:].view(codes.shape)
+    shifted.copy_(codes)
+    moved = torch.empty(swizzled.numel() + 1, dtype=torch.uint8, device=device)[1:].view(swizzled.shape)
+    moved.copy_(swizzled.view(torch.uint8))
+    spread = torch.empty(40, 100, dtype=torch.uint8, device=device)[:, 3:35]
+    spread.copy_(codes)
+    factor = amax.to(device)
+    found = block_scaled_mm(
+        shifted,
+        moved.view(torch.float8_e4m3fn),
+        factor,
+        spread,
+        swizzled.to(device),
+        factor,
+        None,
+        torch.float32,
+        EMULATED_TILE,
+        True,
+    )
+    expected = dialect.scaled_mm(codes, scales, amax, codes, scales, amax, 64, None, torch.float32)
+    assert torch.equal(found.cpu(), expected)
