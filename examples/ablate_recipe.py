@@ -13,7 +13,6 @@ import json
 import math
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -55,7 +54,7 @@ def main() -> None:
     corpus = data.load(arguments.data, minimum=settings.minimum_bytes)
     about = {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": arguments.commit or commit(),
+        "commit": arguments.commit or environment.commit(),
         "speeds": SHARED if arguments.shared else "each run had the device for itself",
         **environment.describe(device),
         "text": f"{corpus.source}, {corpus.files} files, {len(corpus.train):,} + {len(corpus.validation):,} bytes",
@@ -114,13 +113,6 @@ def watcher(name: str, seed: int) -> Any:
             print(f"{name}, seed {seed}: {progress.stage}, step {progress.step}, loss {progress.loss:.4f}, {speed}")
 
     return watch
-
-
-def commit() -> str:
-    """The commit of this checkout, marked when files differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() if found.returncode == 0 else "not in a git checkout"
 
 
 def save(

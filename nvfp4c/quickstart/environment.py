@@ -1,9 +1,10 @@
-"""What a measurement ran on: versions, device and platform."""
+"""What a measurement ran on: versions, commit, device and platform."""
 
 from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -37,6 +38,24 @@ def device_name(device: str) -> str:
 def describe(device: str) -> dict[str, str]:
     """Everything above as labelled lines, for a report."""
     return {"device": device_name(device), "system": f"{platform.system()} {platform.machine()}", **versions()}
+
+
+def commit() -> str:
+    """The commit of the checkout that this file is tracked in, marked when files differ from it."""
+    here = Path(__file__)
+    # Asked first: an installed copy may lie inside the checkout of another project.
+    tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
+    found = tracked and _git(here.parent, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return found or "not in a git checkout"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """What git prints, "" when it fails or is not installed."""
+    try:
+        found = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""
 
 
 def _processor() -> str:
