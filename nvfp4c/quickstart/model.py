@@ -78,11 +78,11 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """SwiGLU, [B, T, width] to [B, T, width]."""
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(size.width, size.hidden, bias=False)
-        self.up_proj = nn.Linear(size.width, size.hidden, bias=False)
-        self.down_proj = nn.Linear(size.hidden, size.width, bias=False)
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -97,7 +97,7 @@ class Layer(nn.Module):
         self.attn_norm = nn.RMSNorm(size.width)
         self.attn = Attention(size)
         self.mlp_norm = nn.RMSNorm(size.width)
-        self.mlp = Mlp(size)
+        self.mlp = Mlp(size.width, size.hidden)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.attn(self.attn_norm(x), cos, sin)
