@@ -1,0 +1,147 @@
+"""A training step in each variant: how long it takes, what memory it needs, and how long it takes to compile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from nvfp4c.bench import compile_time
+from nvfp4c.bench.compile_time import CompileTime
+from nvfp4c.bench.llama import Size
+from nvfp4c.bench.profiling import top_kernels
+from nvfp4c.bench.timing import Samples, Watch, clock_for, interleaved
+from nvfp4c.bench.variants import REFERENCE, Step, Variant, build_steps
+from nvfp4c.errors import TargetError
+
+ROUNDS = {"cuda": 20, "cpu": 5}
+WARMUPS = 2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a GPU's memory. resident: held before the step. peak: the most held during it, that included."""
+
+    resident: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of one variant. memory: on a GPU. compile_time: of what is compiled, unless left out."""
+
+    variant: Variant
+    step: Samples
+    memory: Memory | None
+    compile_time: CompileTime | None
+    profile: list[dict[str, Any]] | None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """All variants; the first is the one that the others are compared with."""
+
+    measured: tuple[Measured, ...]
+
+    def speed(self, of: Measured) -> float:
+        """How fast a variant is relative to the reference: its step takes 1 / speed of the time."""
+        return self.measured[0].step.median / of.step.median
+
+    def memory_ratio(self, of: Measured) -> float | None:
+        """Its peak memory over the reference's."""
+        reference = self.measured[0].memory
+        return of.memory.peak / reference.peak if of.memory and reference else None
+
+    def compile_ratio(self, of: Measured) -> float | None:
+        """Its cold compile time over the reference's."""
+        reference = self.measured[0].compile_time
+        return of.compile_time.total / reference.total if of.compile_time and reference else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {found.variant.name: self._to_dict(found) for found in self.measured}
+
+    def _to_dict(self, found: Measured) -> dict[str, Any]:
+        compiling = found.compile_time
+        return {
+            "description": found.variant.description,
+            "speed": self.speed(found),
+            "memory_ratio": self.memory_ratio(found),
+            "compile_ratio": self.compile_ratio(found),
+            "step": found.step.to_dict(),
+            "memory": asdict(found.memory) if found.memory else None,
+            "compile_seconds": {**asdict(compiling), "total": compiling.total} if compiling else None,
+            **({"profile": found.profile} if found.profile else {}),
+        }
+
+
+def measure(
+    chosen: Sequence[Variant],
+    size: Size,
+    device: str,
+    rounds: int,
+    *,
+    with_compile_time: bool,
+    with_profile: bool,
+    watch: Watch,
+) -> TrainResult:
+    """Measure the chosen variants, of which the first is the reference.
+
+    Raises TargetError where memory does not suffice, and whatever the backends raise.
+    """
+    assert chosen[0].name == REFERENCE
+    try:
+        # First, while this process holds no memory on the device.
+        compiling = _compile_times(chosen, size, device, watch) if with_compile_time else {}
+        steps = build_steps(chosen, size, device)
+        _compile(steps, watch)
+        samples = interleaved(
+            steps, clock_for(device), rounds, warmups=WARMUPS, before=lambda name: steps[name].prepare(), watch=watch
+        )
+        memory = {name: memory_of(step) for name, step in steps.items()} if device == "cuda" else {}
+        profiles = {}
+        if with_profile:
+            profiles = {name: top_kernels(step, device, step.prepare) for name, step in steps.items()}
+    except torch.OutOfMemoryError as error:
+        raise TargetError(f"size {size.name!r} does not fit into this GPU's memory; choose a smaller --size") from error
+    return TrainResult(
+        tuple(
+            Measured(
+                variant,
+                samples[variant.name],
+                memory.get(variant.name),
+                compiling.get(variant.name),
+                profiles.get(variant.name),
+            )
+            for variant in chosen
+        )
+    )
+
+
+def _compile_times(chosen: Sequence[Variant], size: Size, device: str, watch: Watch) -> dict[str, CompileTime]:
+    compiled = [variant for variant in chosen if variant.backend is not None]
+    found = {}
+    for number, variant in enumerate(compiled):
+        watch(f"compiling {variant.name} with empty caches", number, len(compiled))
+        found[variant.name] = compile_time.measure(variant.name, size.name, device)
+    return found
+
+
+def _compile(steps: dict[str, Step], watch: Watch) -> None:
+    """One step each, so that the rounds to come compile nothing."""
+    for number, (name, step) in enumerate(steps.items()):
+        watch(f"first step of {name}", number, len(steps))
+        step.prepare()
+        step()
+
+
+def memory_of(step: Step) -> Memory:
+    """What one step holds on the current GPU."""
+    step.prepare()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    resident = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return Memory(resident, torch.cuda.max_memory_allocated())
