@@ -8,6 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from nvfp4c.cli.bench import bench
 from nvfp4c.cli.doctor import doctor
 from nvfp4c.cli.explain import explain
 from nvfp4c.cli.quickstart import quickstart
@@ -51,6 +52,7 @@ app = typer.Typer(
 )
 for command in (quickstart, doctor, explain):
     app.command()(command)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -1,0 +1,200 @@
+"""`nvfp4c bench`: how fast kernels and training steps are on this machine, against what it can do at best."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from nvfp4c.bench.kernels import ShapeResult, Timed
+    from nvfp4c.bench.record import Record
+    from nvfp4c.bench.timing import Watch
+    from nvfp4c.bench.train import TrainResult
+
+DEFAULT_SIZE = {"cpu": "small", "cuda": "large"}
+
+bench = typer.Typer(no_args_is_help=True, help="Measure kernels and training steps on this machine.")
+
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Rounds = Annotated[int | None, typer.Option(min=1, help="Samples of each. [default: more on a GPU than on a CPU]")]
+Commit = Annotated[str | None, typer.Option(help="What to record where this is no git checkout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, with every sample.")]
+Out = Annotated[Path | None, typer.Option(help="A folder to write that JSON to as well.")]
+
+
+@bench.command()
+def kernels(
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows of the input. [default: two typical shapes]")] = None,
+    columns: Annotated[int | None, typer.Option(min=1, help="Columns of the input.")] = None,
+    rounds: Rounds = None,
+    device: Device = "auto",
+    commit: Commit = None,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Time each kernel against a copy, a reduction and a matrix product on the same device."""
+    from nvfp4c.bench import kernels as measurement
+    from nvfp4c.bench.record import Record, about
+    from nvfp4c.quickstart.results import prepared
+    from nvfp4c.quickstart.train import choose_device
+
+    device = choose_device(device)
+    shapes = measurement.shapes(device, rows, columns)
+    rounds = rounds or measurement.ROUNDS[device]
+    if out:
+        prepared(out)
+    with progress() as watch:
+        results = [measurement.measure(device, *shape, rounds, watch) for shape in shapes]
+    record = Record(
+        f"bench-kernels-{device}",
+        about(device, _command(), commit),
+        {"rounds": rounds, "calls_per_sample": measurement.REPEATS[device]},
+        [result.to_dict() for result in results],
+    )
+    _tell(record, [kernel_table(result) for result in results], as_json, out)
+
+
+@bench.command()
+def train(
+    size: Annotated[
+        str | None, typer.Option(help="tiny, small, medium or large. [default: small on a CPU, large on a GPU]")
+    ] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Time only this beside Inductor; may be given several times.")
+    ] = None,
+    rounds: Rounds = None,
+    device: Device = "auto",
+    compile_time: Annotated[
+        bool, typer.Option(help="Also measure compiling with empty caches. It takes minutes on a CPU.")
+    ] = True,
+    profile: Annotated[bool, typer.Option("--profile", help="Add the longest kernels of a step to the JSON.")] = False,
+    commit: Commit = None,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Time a training step of a few Llama blocks in NVFP4, in high precision, and in fake quantisation."""
+    from dataclasses import asdict
+
+    from nvfp4c.bench import train as measurement
+    from nvfp4c.bench.llama import size_named
+    from nvfp4c.bench.record import Record, about
+    from nvfp4c.bench.variants import RECIPE, variants
+    from nvfp4c.quickstart.results import prepared
+    from nvfp4c.quickstart.train import choose_device
+
+    device = choose_device(device)
+    sized = size_named(size or DEFAULT_SIZE[device])
+    chosen = variants(device, variant or ())
+    rounds = rounds or measurement.ROUNDS[device]
+    if out:
+        prepared(out)
+    with progress() as watch:
+        result = measurement.measure(
+            chosen, sized, device, rounds, with_compile_time=compile_time, with_profile=profile, watch=watch
+        )
+    record = Record(
+        f"bench-train-{device}-{sized.name}",
+        about(device, _command(), commit),
+        {"size": asdict(sized), "tokens": sized.tokens, "recipe": RECIPE, "rounds": rounds},
+        result.to_dict(),
+    )
+    title = f"{sized.name}: {sized.blocks} blocks, width {sized.width}, MLP {sized.hidden}, {sized.tokens} tokens"
+    _tell(record, [train_table(result, title)], as_json, out)
+
+
+@contextmanager
+def progress() -> Iterator[Watch]:
+    """A bar on standard error for what is being done; where that is no terminal, a line for each new thing."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def watch(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                for finished in tasks.values():
+                    bars.update(finished, visible=False)
+                tasks[what] = bars.add_task(what, total=of)
+                if not console.is_terminal:
+                    console.print(what, highlight=False, soft_wrap=True)
+            bars.update(tasks[what], completed=done)
+
+        yield watch
+
+
+def kernel_table(result: ShapeResult) -> Table:
+    """Rates of all cases on one shape, as shares of the ceilings."""
+    title = f"{result.rows} x {result.columns}"
+    table = _table(title, ("case", "us", "+-", "rate", "of ceiling"))
+    for timed in result.timed:
+        name = timed.case.name
+        microseconds = f"{timed.samples.median * 1e6:,.1f}"
+        share = f"{timed.ratio:.2f} {timed.case.ceiling.value}"
+        style = "dim" if timed.case.reference else None
+        table.add_row(name, microseconds, f"{timed.samples.spread:.0%}", _rate(timed), share, style=style)
+    return table
+
+
+def train_table(result: TrainResult, title: str) -> Table:
+    """A line for each variant, each figure followed by its ratio to the first one's."""
+    table = _table(title, ("step", "ms", "+-", "speed", "peak GiB", "ratio", "cold compile s", "ratio"))
+    table.caption = "\n".join(f"{found.variant.name}: {found.variant.description}" for found in result.measured)
+    for found in result.measured:
+        table.add_row(
+            found.variant.name,
+            f"{found.step.median * 1e3:,.2f}",
+            f"{found.step.spread:.0%}",
+            f"{result.speed(found):.2f}x",
+            f"{found.memory.peak / 2**30:.2f}" if found.memory else "",
+            _times(result.memory_ratio(found)),
+            f"{found.compile_time.total:.1f}" if found.compile_time else "",
+            _times(result.compile_ratio(found)),
+        )
+    return table
+
+
+def _rate(timed: Timed) -> str:
+    unit = "FLOP" if timed.case.ceiling.value == "product" else "B"
+    tera = timed.rate / 1e12
+    return f"{tera:.2f} T{unit}/s" if tera >= 0.1 else f"{tera * 1e3:.1f} G{unit}/s"
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="right" if place else "left")
+    return table
+
+
+def _command() -> str:
+    return shlex.join(["nvfp4c", *sys.argv[1:]])
+
+
+def _tell(record: Record, tables: Sequence[Table], as_json: bool, out: Path | None) -> None:
+    """Print a result in the form asked for, and write it where asked to."""
+    from nvfp4c.bench.record import save
+
+    path = save(record, out) if out else None
+    if as_json:
+        print(record.text, end="")
+        return
+    console = Console()
+    for table in tables:
+        console.print(table)
+    console.print("+-: distance between the quartiles.", style="dim", highlight=False)
+    if path:
+        console.print(f"Written: {path}", highlight=False, soft_wrap=True)
