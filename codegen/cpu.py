@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from nvfp4c import dialect, numerics
+from nvfp4c.dialect import oriented_like
 from nvfp4c.formats import BLOCK, TILE_BLOCK, padded
 
 LIBRARY = torch.library.Library("nvfp4_cpu", "DEF")
@@ -62,14 +63,11 @@ def operand(
     return OPERAND(x if signs is None else HADAMARD(x, signs), amax, block, rounding, seed, stream)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a [.., M, K] times the transpose of b [.., N, K]: float32 [.., M, N]."""
-    return torch.matmul(a, b.mT)
-
-
-def oriented_like(x: Tensor, values: Tensor) -> Tensor:
-    """`values` with their last axis contiguous where x's is, else the axis before it: a transposed view stays one."""
-    return values.contiguous() if x.stride(-1) == 1 else values.mT.contiguous().mT
+def product(
+    a: Tensor, b: Tensor, a_amax: Tensor, b_amax: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """nvfp4.product."""
+    return dialect.scale_product(torch.matmul(a, b.mT), a_amax, b_amax, bias, out_dtype)
 
 
 def _hadamard(x: Tensor, signs: Sequence[int]) -> Tensor:
@@ -79,8 +77,7 @@ def _hadamard(x: Tensor, signs: Sequence[int]) -> Tensor:
 def _quantize(
     x: Tensor, amax: Tensor, block: Sequence[int], rounding: str, seed: Tensor | None, stream: Tensor
 ) -> tuple[Tensor, Tensor]:
-    codes, scales = dialect.quantize(x, amax, block, rounding, None, seed, stream)
-    return codes.contiguous(), scales.contiguous()
+    return dialect.quantize(x, amax, block, rounding, None, seed, stream)
 
 
 def _operand(
@@ -91,7 +88,7 @@ def _operand(
 
 
 def _dequantize(codes: Tensor, scales: Tensor, k: int) -> Tensor:
-    return dialect.dequantize(codes, scales, None, k, torch.float32).contiguous()
+    return dialect.dequantize(codes, scales, None, k, torch.float32)
 
 
 @cache
@@ -157,7 +154,7 @@ def _fake_operand(x: Tensor, *_: object) -> Tensor:
 
 
 def _fake_dequantize(codes: Tensor, scales: Tensor, k: int) -> Tensor:
-    return codes.new_empty((*codes.shape[:-1], k), dtype=torch.float32)
+    return oriented_like(codes, codes.new_empty((*codes.shape[:-1], k), dtype=torch.float32))
 
 
 _QUANTIZE_ARGUMENTS = "Tensor x, Tensor amax, int[] block, str rounding, Tensor? seed, int stream"

@@ -16,13 +16,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nvfp4c import formats
+from nvfp4c import formats, philox
 
 FP32_MAX = tl.constexpr(formats.FP32_MAX)
 GLOBAL_MAX = tl.constexpr(formats.GLOBAL_MAX)
 E2M1_MAX = tl.constexpr(formats.E2M1_MAX)
 E4M3_MAX = tl.constexpr(formats.E4M3_MAX)
+ROUNDS = tl.constexpr(philox.ROUNDS)
 HADAMARD_NORM = tl.constexpr(formats.HADAMARD_NORM)
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 TWO_TO_120 = tl.constexpr(2.0**120)
 TWO_TO_126 = tl.constexpr(2.0**126)
 
@@ -51,8 +53,23 @@ def to_float32(x):
 
 
 @triton.jit
-def round_bfloat16(x):
-    """float32 x rounded to the nearest bfloat16, ties to even, as float32; every NaN becomes 0x7FC0."""
+def round_bfloat16(x, y):
+    """float32 x and y rounded to the nearest bfloat16, ties to even, as float32. Two at a time: so GPUs convert."""
+    if INTERPRETED:
+        x = _round_bfloat16_bits(x)
+        y = _round_bfloat16_bits(y)
+    else:
+        both = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x, y], dtype=tl.int32, is_pure=True, pack=1
+        )
+        x = bits_float(both << 16)
+        y = bits_float(both & -0x10000)
+    return x, y
+
+
+@triton.jit
+def _round_bfloat16_bits(x):
+    """For the interpreter, which has no assembly, and whose own conversion truncates."""
     bits = float_bits(x)
     rounded = bits + 0x7FFF + ((bits >> 16) & 1)
     return bits_float(tl.where(x == x, rounded, 0x7FC00000) & -0x10000)
@@ -60,8 +77,9 @@ def round_bfloat16(x):
 
 @triton.jit
 def to_bfloat16(x):
-    """bfloat16 of a float32 x that has such a value."""
-    return (float_bits(x) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    """bfloat16 of a float32 x that has such a value: nothing is rounded."""
+    # The interpreter's own conversion loses subnormals.
+    return (float_bits(x) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True) if INTERPRETED else x.to(tl.bfloat16)
 
 
 @triton.jit
@@ -94,26 +112,58 @@ def e2m1_value(code):
 
 
 @triton.jit
-def e2m1_code(y, random, STOCHASTIC: tl.constexpr):
-    """E2M1 code (int32) of float32 y clamped to [-6, 6]; random: a byte for each y, used if STOCHASTIC.
+def larger(a, b):
+    """The larger of two numbers; NaN counts as larger than all."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
-    The rules, special values included, are those of `numerics.encode_e2m1`.
-    """
-    magnitude = tl.abs(y)
-    magnitude = tl.where(magnitude < E2M1_MAX, magnitude, E2M1_MAX)
-    # Codes are linear in the magnitude within [0, 2), [2, 4) and [4, 6]; `binade` is the float32 1, 2 or 4 there, and
-    # subtracting its bits from infinity's gives the slope 2, 1 or 0.5.
-    binade = tl.maximum(float_bits(magnitude), 0x3F800000) & 0x7F800000
-    position = magnitude * bits_float(0x7F800000 - binade)
-    if STOCHASTIC:
-        code = position.to(tl.int32)
-        above = (position - code.to(tl.float32)) * 256.0 > random.to(tl.float32) + 0.5
-        code += above.to(tl.int32)
-    else:
-        # Floats near 1.5 * 2^23 are 1 apart: this addition rounds to an integer, ties to even, in the lowest bits.
-        code = float_bits(position + 12582912.0) - 0x4B400000
-    offset = (binade >> 22) - 254
-    return code + offset + tl.where(y < 0, 8, 0)
+
+@triton.jit
+def e2m1_code(y):
+    """E2M1 code (int32) of float32 y clamped to [-6, 6], nearest: the rules of `numerics.encode_e2m1`."""
+    magnitude = tl.minimum(tl.abs(y), E2M1_MAX)
+    # Codes are linear in the magnitude within [0, 2), [2, 4) and [4, 6], with slopes 2, 1 and 0.5, so a code is the
+    # least of three lines. Floats near 1.5 * 2^23 are 1 apart: each sum rounds once, to an integer, ties to even, and
+    # lies in the lowest bits.
+    first = tl.fma(magnitude, 2.0, 12582912.0)
+    second = magnitude + 12582914.0
+    third = tl.fma(magnitude, 0.5, 12582916.0)
+    code = float_bits(tl.minimum(tl.minimum(first, second), third)) - 0x4B400000
+    return code + tl.where(y < 0, 8, 0)
+
+
+@triton.jit
+def e2m1_rounded(y):
+    """float32 y clamped to [-6, 6] and rounded to the nearest E2M1 value, ties to even code; zeros are positive."""
+    clamped = tl.minimum(tl.maximum(y, -E2M1_MAX), E2M1_MAX)
+    # Around 1.5 * 2^22 times a power of two, floats are half of it apart: so far apart are E2M1 values within a binade,
+    # and below 1.
+    binade = float_bits(tl.maximum(tl.abs(clamped), 1.0)) & 0x7F800000
+    shift = bits_float(binade + 0x0B400000)
+    return (clamped + shift) - shift
+
+
+@triton.jit
+def _stochastic_bits(magnitude, random):
+    """Bits of E2M1 magnitudes, plus 1 where `magnitude` is below 1: there they are 0.5 apart just as above 1."""
+    lifted = tl.where(magnitude < 1.0, magnitude + 1.0, magnitude)
+    # One fraction bit is kept. Up goes what exceeds (random + 0.5) / 256 of the gap, which is 2^22 in these units.
+    return (float_bits(lifted) + (0x3FDFFF - (random << 14))) & -0x400000
+
+
+@triton.jit
+def e2m1_stochastic_code(y, random):
+    """E2M1 code (int32) of float32 y clamped to [-6, 6], rounded up or down by a random byte: see `encode_e2m1`."""
+    magnitude = tl.minimum(tl.abs(y), E2M1_MAX)
+    code = (_stochastic_bits(magnitude, random) >> 22) - tl.where(magnitude < 1.0, 254, 252)
+    return code + tl.where(y < 0, 8, 0)
+
+
+@triton.jit
+def e2m1_stochastic_rounded(y, random):
+    """The value of `e2m1_stochastic_code`, float32."""
+    magnitude = tl.minimum(tl.abs(y), E2M1_MAX)
+    value = bits_float(_stochastic_bits(magnitude, random)) - tl.where(magnitude < 1.0, 1.0, 0.0)
+    return bits_float(float_bits(value) | (float_bits(y) & -0x80000000))
 
 
 @triton.jit
@@ -126,52 +176,129 @@ def encode_scale(amax):
 
 
 @triton.jit
-def block_scale(block_amax, encode):
+def e4m3_byte_native(x):
+    """`e4m3_byte` by the conversion of compute capability 8.9 and up."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b16 pair; cvt.rn.satfinite.e4m3x2.f32 pair, 0f00000000, $1; cvt.u32.u16 $0, pair; }",
+        "=r,f",
+        [x],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def block_scale(block_amax, encode, NATIVE: tl.constexpr):
     """E4M3 bytes (int32) of the scales of blocks with these amax, and what their elements are multiplied by."""
     scale = block_amax * (encode * (1 / E2M1_MAX))
-    byte = e4m3_byte(tl.where(scale > E4M3_MAX, E4M3_MAX, scale))
+    scale = tl.where(scale > E4M3_MAX, E4M3_MAX, scale)
+    byte = e4m3_byte_native(scale) if NATIVE else e4m3_byte(scale)
     multiplier = tl.math.div_rn(1.0, e4m3_value(byte) * tl.math.div_rn(1.0, encode))
     return byte, tl.where(multiplier > FP32_MAX, FP32_MAX, multiplier)
 
 
 @triton.jit
-def rotate(x, signs):
+def rotated(total, other):
+    """Two sums of 16 signed elements as elements of their rotated blocks: scaled, and rounded to bfloat16."""
+    return round_bfloat16(total * HADAMARD_NORM, other * HADAMARD_NORM)
+
+
+@triton.jit
+def rotate(x, SIGNS: tl.constexpr):
     """Random Hadamard transform of each 16 elements of float32 x [R, B, 16], rounded to bfloat16, as float32.
 
-    signs: an int whose bit e is set where element e changes its sign. Sums are taken in the order of `numerics.rotate`.
+    SIGNS: an int whose bit e is set where element e changes its sign. Sums are taken in the order of `numerics.rotate`.
     """
-    negative = (signs >> tl.arange(0, 16)) & 1
+    negative = (SIGNS >> tl.arange(0, 16)) & 1
     x = x * (1 - 2 * negative).to(tl.float32)[None, None, :]
     # A step adds and subtracts neighbours and puts the sums before the differences, which moves the next stride's
     # pairs together: four steps are the strides 1, 2, 4 and 8, after which every element is back in its place.
     for _ in tl.static_range(4):
         even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], 8, 2]))
         x = tl.reshape(tl.permute(tl.join(even + odd, even - odd), [0, 1, 3, 2]), x.shape)
-    return round_bfloat16(x * HADAMARD_NORM)
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], 8, 2]))
+    even, odd = rotated(even, odd)
+    return tl.reshape(tl.join(even, odd), x.shape)
+
+
+@triton.jit
+def random_words(seed, block, stream):
+    """The four uint32 random words of the blocks with these int64 numbers [R, B]: see `nvfp4c.philox`."""
+    low = block.to(tl.uint32)
+    high = (block >> 32).to(tl.uint32)
+    zero = tl.zeros_like(low)
+    return tl.philox(seed, low, high, zero + stream.to(tl.uint32), zero, n_rounds=ROUNDS)
+
+
+@triton.jit
+def random_byte(word, INDEX: tl.constexpr):
+    """Byte INDEX of random words, the lowest first, as int32."""
+    return ((word >> (8 * INDEX)) & 0xFF).to(tl.int32)
 
 
 @triton.jit
 def random_bytes(seed, block, stream):
-    """Random bytes [R, B, 16] for the blocks with these int64 numbers [R, B]: see `nvfp4c.philox`."""
-    low = block.to(tl.uint32)
-    high = (block >> 32).to(tl.uint32)
-    zero = tl.zeros_like(low)
-    word0, word1, word2, word3 = tl.philox(seed, low, high, zero + stream.to(tl.uint32), zero)
+    """Random bytes, int32 [R, B, 16], for the blocks with these int64 numbers [R, B]: see `nvfp4c.philox`."""
+    word0, word1, word2, word3 = random_words(seed, block, stream)
     words = tl.reshape(tl.join(tl.join(word0, word2), tl.join(word1, word3)), [block.shape[0], block.shape[1], 4])
     shifts = (8 * tl.arange(0, 4)).to(tl.uint32)
     octets = (words[:, :, :, None] >> shifts[None, None, None, :]) & 0xFF
-    return tl.reshape(octets, [block.shape[0], block.shape[1], 16])
+    return tl.reshape(octets, [block.shape[0], block.shape[1], 16]).to(tl.int32)
 
 
 @triton.jit
-def pack_words(codes):
-    """int32 [R, B, 2] of codes [R, B, 16]: 8 codes a word, the first in the lowest bits, as in `numerics.pack`."""
-    placed = tl.reshape(codes, [codes.shape[0], codes.shape[1], 2, 8]) << (4 * tl.arange(0, 8))
-    return tl.sum(placed, 3)
+def raise_amax(amax, bits):
+    """Raise the float32 at `amax`, which starts as 0, to the largest of non-negative floats, given as their bits.
+
+    A maximum does not depend on the order of its operands, so neither does the result on the order of programs.
+    """
+    largest = tl.max(tl.reshape(bits, [bits.numel]), 0)
+    tl.atomic_max(amax.to(tl.pointer_type(tl.int32), bitcast=True), largest, sem="relaxed")
 
 
 @triton.jit
-def unpack_words(words):
-    """Inverse of `pack_words`, with other bits left above each code's four."""
-    codes = words[:, :, :, None] >> (4 * tl.arange(0, 8))[None, None, None, :]
-    return tl.reshape(codes, [words.shape[0], words.shape[1], 16])
+def load_blocks(
+    origin,
+    row,
+    block,
+    rows,
+    columns,
+    row_stride,
+    FROM: tl.constexpr,
+    COUNT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """COUNT elements of each block, starting at FROM: [R, B, COUNT], 0 outside of `rows` and `columns`.
+
+    A thread loads WIDTH elements at a time and so holds whole blocks.
+    """
+    if COUNT == WIDTH:
+        element = FROM + tl.arange(0, WIDTH)[None, None, :] + 16 * block[:, :, None]
+        place = origin + (row * row_stride)[:, :, None] + element
+        if EVEN:
+            found = tl.load(place)
+        else:
+            found = tl.load(place, mask=(row < rows)[:, :, None] & (element < columns), other=0.0)
+    else:
+        low = load_blocks(origin, row, block, rows, columns, row_stride, FROM, COUNT // 2, WIDTH, EVEN)
+        high = load_blocks(origin, row, block, rows, columns, row_stride, FROM + COUNT // 2, COUNT // 2, WIDTH, EVEN)
+        found = tl.permute(tl.join(low, high), [0, 1, 3, 2])
+        found = tl.reshape(found, [low.shape[0], low.shape[1], COUNT])
+    return found
+
+
+@triton.jit
+def load_line(place, inside, EVEN: tl.constexpr):
+    """float32 at these places, 0 where not inside. EVEN: all are inside."""
+    return to_float32(tl.load(place) if EVEN else tl.load(place, mask=inside, other=0.0))
+
+
+@triton.jit
+def store(place, values, inside, EVEN: tl.constexpr):
+    """Values to these places, where inside. EVEN: all are."""
+    if EVEN:
+        tl.store(place, values)
+    else:
+        tl.store(place, values, mask=inside)

@@ -128,7 +128,7 @@ def _eighths(y):
 
 @triton.jit
 def nearest_words(y):
-    """int32 [R, B, 2] of the nearest codes of float32 y [R, B, 16]: `device_math.pack_words` of its codes."""
+    """int32 [R, B, 2] of the nearest codes of float32 y [R, B, 16]: 8 a word, the first in the lowest bits."""
     y0, y1, y2, y3, y4, y5, y6, y7 = _eighths(y)
     return nearest_word(y0, y1, y2, y3, y4, y5, y6, y7)
 

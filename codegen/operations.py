@@ -1,158 +1,229 @@
-"""The `nvfp4_triton::` operations: those of the dialect, launched as Triton kernels on the tensors' own GPU.
+"""The `nvfp4_triton::` operations: what `lower` calls on a GPU.
 
-Schemas and fakes are the dialect's. With TRITON_INTERPRET=1 in the environment before triton is first imported they run
-on CPU tensors too, in Triton's interpreter.
+`region` runs an emitted kernel, `dequantize` unpacks what an earlier graph saved, `product` multiplies. Each gives what
+the dialect's operation of that name gives. With TRITON_INTERPRET=1 in the environment before triton is first imported
+they run on CPU tensors too, in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch._inductor.codecache import PyCodeCache
 
 from nvfp4c import dialect
-from nvfp4c.codegen import kernels
-from nvfp4c.formats import BLOCK, TILE_BLOCK, block_count, padded
+from nvfp4c.codegen import cublas, kernels
+from nvfp4c.codegen.emit import CONSTANTS, Tile, emit
+from nvfp4c.formats import BLOCK
+from nvfp4c.numerics import global_factor
+from nvfp4c.region import Form, Region, shapes
 
 LIBRARY = torch.library.Library("nvfp4_triton", "DEF")
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DISPATCH_KEYS = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
 
-CODES_PER_WORD = 8
 LOAD_BYTES = 16
 """The most that one thread loads at once."""
 
+E4M3_CAPABILITY = (8, 9)
+"""The least compute capability with a conversion to E4M3."""
+
+UNPACK_TILE = Tile(groups=2, columns=128, warps=4)
+
+
+PROGRAMS = 2048
+"""At least this many, where there is as much to do: some 15 for each multiprocessor of the largest chips."""
+
+
+@cache
+def emitted(region: Region) -> Any:
+    """The jit function of a region; streams are arguments of it, so regions that differ only there share one."""
+    alike = Region(tuple(replace(output, stream=0) for output in region.outputs))
+    return PyCodeCache.load(emit(alike).source).region if alike == region else emitted(alike)
+
+
+def tile_of(region: Region) -> Tile:
+    """What suits a region: enough loads in flight, and few enough registers for many programs.
+
+    Four columns a thread make loads and stores of whole sectors; with random words beside them registers would spill.
+    """
+    random = any(output.stochastic for output in region.outputs)
+    return Tile(groups=2, columns=128, warps=4) if random else Tile(groups=2, columns=256, warps=4)
+
+
+def steps_of(tile: Tile, shape: Sequence[int]) -> int:
+    """How many tiles a program of a batch [B, M, K] should handle, so that what it does once is shared by them."""
+    programs = shape[0] * triton.cdiv(shape[1], BLOCK * tile.groups) * triton.cdiv(shape[2], tile.columns)
+    return next((steps for steps in (4, 2) if programs >= steps * PROGRAMS), 1)
+
 
 @dataclass(frozen=True)
-class Tile:
-    """What one program handles: rows, blocks of 16 columns, and the warps it has for them."""
+class Launch:
+    """All about the launches of a region that shapes, strides and types determine.
 
-    rows: int
-    blocks: int
+    buffers: shape, type and whether it starts as zero, of every tensor. numbers, constants: arguments of the kernel.
+    kernels: compiled, by which tensors are aligned; asking Triton for them at every launch would take long.
+    """
+
+    region: Region
+    programs: int
+    buffers: tuple[tuple[Sequence[int | torch.SymInt], torch.dtype, bool], ...]
+    numbers: tuple[int, ...]
+    constants: tuple[int, ...]
     warps: int
+    kernels: dict[tuple[bool, ...], Any] = field(default_factory=dict)
 
 
-ROW_TILE = Tile(rows=16, blocks=16, warps=4)
-"""For rows that are contiguous in memory: 512 bytes of each in BF16."""
-
-COLUMN_TILE = Tile(rows=64, blocks=8, warps=8)
-"""For columns that are: 128 bytes of each in BF16, and still 64 bytes of codes a row, two whole sectors."""
-
-
-def _grid(shape: Sequence[int], tile: Tile) -> tuple[int]:
-    """The number of programs for a batch of matrices [B, M, K]."""
-    return (shape[0] * triton.cdiv(shape[1], tile.rows) * triton.cdiv(block_count(shape[2]), tile.blocks),)
-
-
-def _as_batch(x: Tensor) -> Tensor:
-    """[M, K] or [B, M, K] as [B, M, K]."""
-    return x if x.dim() == 3 else x.unsqueeze(0)
-
-
-def _launch(
-    kernel: Any,
-    x: Tensor,
-    others: Sequence[Tensor | None],
-    signs: Sequence[int] | None,
-    *numbers: int,
-    **constants: bool,
-) -> None:
-    """Start a kernel that reads x through its strides. others, numbers, constants: its arguments in each such place."""
-    x = _as_batch(x)
-    along_rows = x.stride(-1) == 1
-    tile = ROW_TILE if along_rows else COLUMN_TILE
-    negative = sum(1 << place for place, sign in enumerate(signs or ()) if sign < 0)
-    with torch.cuda.device_of(x):
-        kernel[_grid(x.shape, tile)](
-            x,
-            *others,
-            *x.shape[1:],
-            *x.stride(),
-            negative,
-            *numbers,
-            **constants,
-            ROWS=tile.rows,
-            BLOCKS=tile.blocks,
-            WIDTH=LOAD_BYTES // x.element_size() if along_rows else 1,
-            num_warps=tile.warps,
-            enable_fp_fusion=False,
-        )
-
-
-def _in_memory_order(x: Tensor) -> Tensor:
-    """The elements of a tensor of any shape as a matrix; no copy of a tensor that fills its memory, however
-    arranged."""
-    if x.dim() < 2:
-        return x.reshape(1, -1)
-    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).flatten(0, -2)
-
-
-def hadamard(x: Tensor, signs: Sequence[int]) -> Tensor:
-    rotated = x.new_empty((*x.shape[:-1], padded(x.shape[-1])), dtype=torch.bfloat16)
-    _launch(kernels.hadamard_kernel, x, (rotated,), signs)
-    return rotated
-
-
-def amax(x: Tensor, signs: Sequence[int] | None = None) -> Tensor:
-    bits = x.new_zeros((), dtype=torch.int32)
-    if signs is None:
-        x = _in_memory_order(x)
-    _launch(kernels.amax_kernel, x, (bits,), signs, ROTATED=signs is not None)
-    return bits.view(torch.float32)
-
-
-def quantize(
-    x: Tensor,
-    amax: Tensor,
-    block: Sequence[int],
-    rounding: str,
-    signs: Sequence[int] | None = None,
-    seed: Tensor | None = None,
-    stream: int = 0,
-) -> tuple[Tensor, Tensor]:
-    stochastic = rounding == "stochastic"
-    assert not stochastic or seed is not None, "stochastic rounding needs a seed"
-    blocks = block_count(x.shape[-1])
-    words = x.new_empty((*x.shape[:-1], blocks * BLOCK // CODES_PER_WORD), dtype=torch.int32)
-    scales = x.new_empty((*x.shape[:-1], blocks), dtype=torch.uint8)
-    _launch(
-        kernels.quantize_kernel,
-        x,
-        (amax, seed if stochastic else None, words, scales),
-        signs,
-        stream,
-        ROTATED=signs is not None,
-        TILED=tuple(block) == TILE_BLOCK,
-        STOCHASTIC=stochastic,
+def prepare(
+    region: Region,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    tile: Tile | None = None,
+    steps: int | None = None,
+) -> Launch:
+    """The launch of a region on such a tensor. tile, steps: what a program handles, chosen here if None."""
+    x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    batch = _as_batch(x, region)
+    count, rows, columns = batch.shape
+    tile = tile or tile_of(region)
+    steps = steps or steps_of(tile, batch.shape)
+    height = BLOCK * tile.groups * steps
+    even = rows % height == 0 and columns % tile.columns == 0
+    native = not INTERPRETED and torch.cuda.get_device_capability(device) >= E4M3_CAPABILITY
+    return Launch(
+        region=region,
+        programs=count * triton.cdiv(rows, height) * triton.cdiv(columns, tile.columns),
+        buffers=tuple(
+            (shape, dtype, output.form is Form.AMAX) for output in region.outputs for shape, dtype in shapes(output, x)
+        ),
+        numbers=(rows, columns, *batch.stride()[:2], *(o.stream for o in region.outputs if o.stochastic)),
+        constants=(tile.groups, tile.columns, steps, LOAD_BYTES // dtype.itemsize, even, native),
+        warps=tile.warps,
     )
-    return words.view(torch.uint8), scales.view(torch.float8_e4m3fn)
 
 
-def dequantize(codes: Tensor, scales: Tensor, k: int) -> Tensor:
-    """code * scale, bfloat16 [.., M, k]: exact, without the global factor."""
-    values = codes.new_empty((*codes.shape[:-1], k), dtype=torch.bfloat16)
-    shape = _as_batch(values).shape
-    with torch.cuda.device_of(codes):
-        kernels.dequantize_kernel[_grid(shape, ROW_TILE)](
-            codes.contiguous().view(torch.int32),
-            scales.contiguous().view(torch.uint8),
-            values,
-            *shape[1:],
-            ROWS=ROW_TILE.rows,
-            BLOCKS=ROW_TILE.blocks,
-            num_warps=ROW_TILE.warps,
-            enable_fp_fusion=False,
-        )
+@cache
+def _prepared(
+    text: str, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Launch:
+    return prepare(Region.from_json(text), shape, stride, dtype, device)
+
+
+def region(x: Tensor, amaxes: Sequence[Tensor], seed: Tensor | None, region: str) -> list[Tensor]:
+    """Every tensor of every output of a region, in order. An x whose rows are not contiguous is copied first."""
+    return run(_prepared(region, x.shape, x.stride(), x.dtype, x.device), x, amaxes, seed)
+
+
+def run(launch: Launch, x: Tensor, amaxes: Sequence[Tensor], seed: Tensor | None) -> list[Tensor]:
+    """`region`, as prepared."""
+    found = [
+        x.new_zeros(shape, dtype=dtype) if zero else x.new_empty(shape, dtype=dtype)
+        for shape, dtype, zero in launch.buffers
+    ]
+    if launch.programs:
+        buffers = (buffer.view(torch.uint8) if buffer.dtype == torch.float8_e4m3fn else buffer for buffer in found)
+        tensors = (_as_batch(x, launch.region), *amaxes[: launch.region.amax_count], seed, *buffers)
+        with _on_device_of(x):
+            _start(launch, tensors)
+    return found
+
+
+def _start(launch: Launch, tensors: Sequence[Tensor | None]) -> None:
+    grid = (launch.programs, 1, 1)  # a compiled kernel takes all three
+    aligned = tuple(tensor is None or tensor.data_ptr() % LOAD_BYTES == 0 for tensor in tensors)
+    kernel = launch.kernels.get(aligned)
+    if kernel is not None:
+        kernel[grid](*tensors, *launch.numbers, *launch.constants)
+        return
+    compiled = emitted(launch.region)[grid](
+        *tensors,
+        *launch.numbers,
+        **dict(zip(CONSTANTS, launch.constants, strict=True)),
+        num_warps=launch.warps,
+        enable_fp_fusion=False,
+    )
+    if not INTERPRETED:
+        launch.kernels[aligned] = compiled
+
+
+def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Make a GPU current for a launch, which is seldom needed and never cheap."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def _as_batch(x: Tensor, region: Region) -> Tensor:
+    """[M, K] or [B, M, K] as [B, M, K] with contiguous rows; for a plain amax, any tensor in its memory's order."""
+    if all(output.form is Form.AMAX and output.signs is None for output in region.outputs):
+        x = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
+        x = x.reshape(1, 1, -1) if x.dim() < 2 else x.flatten(0, -2).unsqueeze(0)
+    x = x if x.dim() == 3 else x.unsqueeze(0)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def dequantize(codes: Tensor, scales: Tensor, k: int, down: bool) -> Tensor:
+    """code * scale, bfloat16: exact, without the global factor.
+
+    codes: uint8 [.., M, ceil16(k) / 2], giving [.., M, k]; of blocks down the columns [.., ceil16(k) / 2, N], giving
+    [.., k, N].
+    """
+    lead, (rows, columns) = codes.shape[:-2], codes.shape[-2:]
+    values = codes.new_empty((*lead, k, columns) if down else (*lead, rows, k), dtype=torch.bfloat16)
+    batch = values if values.dim() == 3 else values.unsqueeze(0)
+    count, rows, columns = batch.shape
+    tile = UNPACK_TILE
+    programs = count * triton.cdiv(rows, BLOCK * tile.groups) * triton.cdiv(columns, tile.columns)
+    if programs:
+        with _on_device_of(codes):
+            (kernels.unpack_columns if down else kernels.unpack_rows)[(programs,)](
+                codes.contiguous(),
+                scales.contiguous().view(torch.uint8),
+                values,
+                rows,
+                columns,
+                GROUPS=tile.groups,
+                COLUMNS=tile.columns,
+                num_warps=tile.warps,
+                enable_fp_fusion=False,
+            )
     return values
 
 
-def _fake_dequantize(codes: Tensor, scales: Tensor, k: int) -> Tensor:
-    return dialect.DEQUANTIZE(codes, scales, None, k, torch.bfloat16)
+def product(a: Tensor, b: Tensor, factor: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """(a @ b^T) * factor + bias in FP32, rounded once, for operands one of whose axes is contiguous.
+
+    a: [.., M, K]; b: [.., N, K]; factor: float32 scalar; bias: [N]. Nothing is copied or transposed.
+    """
+    found = None
+    if not INTERPRETED:
+        with _on_device_of(a):
+            found = cublas.product(a, b, factor, bias, out_dtype)
+    if found is None:
+        multiply = torch.mm if a.dim() == 2 else torch.bmm
+        exact = multiply(a.float(), b.mT.float()) if INTERPRETED else multiply(a, b.mT, out_dtype=torch.float32)
+        exact = exact * factor
+        found = (exact if bias is None else exact + bias.float()).to(out_dtype)
+    return found
+
+
+def _fake_product(a: Tensor, b: Tensor, factor: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    return a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=out_dtype)
+
+
+def _fake_dequantize(codes: Tensor, scales: Tensor, k: int, down: bool) -> Tensor:
+    shape = (*codes.shape[:-2], k, codes.shape[-1]) if down else (*codes.shape[:-1], k)
+    return codes.new_empty(shape, dtype=torch.bfloat16)
 
 
 def _schema(operation: torch._ops.OpOverload) -> str:
@@ -160,10 +231,13 @@ def _schema(operation: torch._ops.OpOverload) -> str:
 
 
 _OPERATIONS = (
-    (_schema(dialect.HADAMARD), hadamard, dialect.HADAMARD),
-    (_schema(dialect.AMAX), amax, dialect.AMAX),
-    (_schema(dialect.QUANTIZE), quantize, dialect.QUANTIZE),
-    ("dequantize(Tensor codes, Tensor scales, SymInt k) -> Tensor", dequantize, _fake_dequantize),
+    (_schema(dialect.REGION), region, dialect.REGION),
+    ("dequantize(Tensor codes, Tensor scales, SymInt k, bool down) -> Tensor", dequantize, _fake_dequantize),
+    (
+        "product(Tensor a, Tensor b, Tensor factor, Tensor? bias, ScalarType out_dtype) -> Tensor",
+        product,
+        _fake_product,
+    ),
 )
 
 for _definition, _implementation, _fake in _OPERATIONS:
@@ -173,7 +247,20 @@ for _definition, _implementation, _fake in _OPERATIONS:
         LIBRARY.impl(_name, _implementation, _key)
     torch.library.register_fake(f"nvfp4_triton::{_name}", _fake, lib=LIBRARY)
 
-HADAMARD = torch.ops.nvfp4_triton.hadamard.default
-AMAX = torch.ops.nvfp4_triton.amax.default
-QUANTIZE = torch.ops.nvfp4_triton.quantize.default
+REGION = torch.ops.nvfp4_triton.region.default
 DEQUANTIZE = torch.ops.nvfp4_triton.dequantize.default
+PRODUCT = torch.ops.nvfp4_triton.product.default
+
+
+def dequantized(codes: Tensor, scales: Tensor, k: int) -> Tensor:
+    """code * scale of an operand [.., M, k], whichever way its codes lie in memory; so does the result."""
+    if codes.stride(-1) == 1:
+        return DEQUANTIZE(codes, scales, k, False)
+    return DEQUANTIZE(codes.mT, scales.mT, k, True).mT
+
+
+def scaled_product(
+    a: Tensor, b: Tensor, a_amax: Tensor, b_amax: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """dialect.product. The factor is left to Inductor, which computes it where it costs least."""
+    return PRODUCT(a, b, global_factor(a_amax, b_amax), bias, out_dtype)

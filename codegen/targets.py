@@ -10,7 +10,6 @@ import importlib.util
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from nvfp4c.codegen import cpu
 from nvfp4c.dialect import KernelTable
@@ -89,21 +88,8 @@ def _cpu_table() -> KernelTable:
         dequantize=cpu.DEQUANTIZE,
         product=cpu.product,
         operand=cpu.operand,
-        names={
-            "matmul": "aten: quantise, FP32 GEMM",
-            "hadamard": "aten: Hadamard",
-            "amax": "aten: amax",
-            "quantize": "aten: quantise",
-            "dequantize": "aten: dequantise",
-            "product": "FP32 GEMM",
-            "operand": "aten: quantise, unpacked",
-        },
+        names={"matmul": "aten: quantise, FP32 GEMM", "dequantize": "aten: quantise, dequantise"},
     )
-
-
-def _gpu_product(a: Tensor, b: Tensor) -> Tensor:
-    multiply = torch.mm if a.dim() == 2 else torch.bmm
-    return multiply(a, b.transpose(-1, -2), out_dtype=torch.float32)
 
 
 def _gpu_table(target: Target) -> KernelTable:
@@ -113,18 +99,8 @@ def _gpu_table(target: Target) -> KernelTable:
     return KernelTable(
         target=target.name,
         operand_dtype=torch.bfloat16,
-        hadamard=operations.HADAMARD,
-        amax=operations.AMAX,
-        quantize=operations.QUANTIZE,
-        dequantize=operations.DEQUANTIZE,
-        product=_gpu_product,
-        operand=None,
-        names={
-            "matmul": "triton: quantise, dequantise; cuBLAS BF16 GEMM",
-            "hadamard": "triton: Hadamard",
-            "amax": "triton: amax",
-            "quantize": "triton: quantise",
-            "dequantize": "triton: dequantise",
-            "product": "cuBLAS BF16 GEMM",
-        },
+        region=operations.REGION,
+        dequantize=operations.dequantized,
+        product=operations.scaled_product,
+        names={"matmul": "triton: quantise; cuBLAS BF16 GEMM", "dequantize": "triton: quantise, dequantise"},
     )

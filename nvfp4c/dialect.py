@@ -2,12 +2,12 @@
 
 Every operation is functional, and *is* its reference function in `nvfp4c.numerics`; so a graph at any stage can be
 interpreted on any device. Tensors are [M, K] or [B, M, K], quantised along their last axis, which is always the
-contraction axis of the product they feed.
+contraction axis of the product they feed. Codes and scales lie in memory as their source does, transposed where it is
+a transpose, so that a kernel never moves an element across both axes; all other results are contiguous.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -19,6 +19,7 @@ from torch.fx.node import Target
 
 from nvfp4c import numerics, philox
 from nvfp4c.formats import block_count, padded
+from nvfp4c.region import Region, evaluate, shapes
 
 LIBRARY = torch.library.Library("nvfp4", "DEF")
 
@@ -101,6 +102,11 @@ def amax(x: Tensor, signs: Sequence[int] | None = None) -> Tensor:
     return numerics.tensor_amax(x if signs is None else numerics.rotate(x, signs))
 
 
+def oriented_like(x: Tensor, values: Tensor) -> Tensor:
+    """`values` with their last axis contiguous where x's is, else the axis before it: a transposed view stays one."""
+    return values.contiguous() if x.stride(-1) == 1 else values.mT.contiguous().mT
+
+
 def quantize_values(
     x: Tensor,
     amax: Tensor,
@@ -116,8 +122,7 @@ def quantize_values(
     bits = None
     if rounding == "stochastic":
         assert seed is not None, "stochastic rounding needs a seed"
-        blocks = math.prod(x.shape[:-1]) * block_count(x.shape[-1])
-        bits = philox.random_bytes(seed, stream, blocks).reshape(*x.shape[:-1], padded(x.shape[-1]))
+        bits = philox.random_bytes_like(x, seed, stream)
     return numerics.block_codes(x, amax, (block[0], block[1]), bits)
 
 
@@ -131,18 +136,19 @@ def quantize(
     stream: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor]:
     codes, scales = quantize_values(x, amax, block, rounding, signs, seed, stream)
-    return numerics.pack(codes), scales
+    return oriented_like(x, numerics.pack(codes)), oriented_like(x, scales)
 
 
 def transpose(codes: Tensor, scales: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return numerics.tile_transpose(codes, scales, k)
+    turned_codes, turned_scales = numerics.tile_transpose(codes, scales, k)
+    return turned_codes.contiguous(), turned_scales.contiguous()
 
 
 def dequantize(codes: Tensor, scales: Tensor, amax: Tensor | None, k: int, dtype: torch.dtype) -> Tensor:
     values = numerics.block_values(numerics.unpack(codes), scales)
     if amax is not None:
         values = values * (amax / numerics.GLOBAL_MAX)
-    return values.narrow(-1, 0, k).to(dtype)
+    return oriented_like(codes, values.narrow(-1, 0, k).to(dtype))
 
 
 def scaled_mm(
@@ -172,6 +178,17 @@ def scale_product(
     return product.to(out_dtype)
 
 
+def region_outputs(x: Tensor, amaxes: Sequence[Tensor], seed: Tensor | None, region: str) -> list[Tensor]:
+    return evaluate(Region.from_json(region), x, amaxes, seed)
+
+
+def product(
+    a: Tensor, b: Tensor, a_amax: Tensor, b_amax: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """scaled_mm of operands already dequantised, without their global factors."""
+    return scale_product(torch.matmul(a.float(), b.float().mT), a_amax, b_amax, bias, out_dtype)
+
+
 def _packed_like(x: Tensor, rows: int, k: int) -> tuple[Tensor, Tensor]:
     lead = x.shape[:-2]
     codes = x.new_empty((*lead, rows, padded(k) // 2), dtype=torch.uint8)
@@ -187,7 +204,8 @@ def _fake_amax(x: Tensor, signs: Sequence[int] | None = None) -> Tensor:
 
 
 def _fake_quantize(x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-    return _packed_like(x, x.shape[-2], x.shape[-1])
+    codes, scales = _packed_like(x, x.shape[-2], x.shape[-1])
+    return oriented_like(x, codes), oriented_like(x, scales)
 
 
 def _fake_transpose(codes: Tensor, scales: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -195,7 +213,18 @@ def _fake_transpose(codes: Tensor, scales: Tensor, k: int) -> tuple[Tensor, Tens
 
 
 def _fake_dequantize(codes: Tensor, scales: Tensor, amax: Tensor | None, k: int, dtype: torch.dtype) -> Tensor:
-    return codes.new_empty((*codes.shape[:-1], k), dtype=dtype)
+    return oriented_like(codes, codes.new_empty((*codes.shape[:-1], k), dtype=dtype))
+
+
+def _fake_region(x: Tensor, amaxes: Sequence[Tensor], seed: Tensor | None, region: str) -> list[Tensor]:
+    outputs = Region.from_json(region).outputs
+    return [x.new_empty(shape, dtype=dtype) for output in outputs for shape, dtype in shapes(output, x)]
+
+
+def _fake_product(
+    a: Tensor, b: Tensor, a_amax: Tensor, b_amax: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    return a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=out_dtype)
 
 
 def _fake_scaled_mm(
@@ -231,23 +260,28 @@ _OPERATIONS = (
         scaled_mm,
         _fake_scaled_mm,
     ),
+    ("region(Tensor x, Tensor[] amaxes, Tensor? seed, str region) -> Tensor[]", region_outputs, _fake_region),
+    (
+        "product(Tensor a, Tensor b, Tensor a_amax, Tensor b_amax, Tensor? bias, ScalarType out_dtype) -> Tensor",
+        product,
+        _fake_product,
+    ),
 )
 
 
-def _contiguous(reference: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable[..., object]:
-    """The reference with contiguous results, as the fakes promise: a transposed operand would give others."""
+def _contiguous(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference with a contiguous result, as its fake promises: a transposed operand would give another."""
+    return lambda *args, **kwargs: reference(*args, **kwargs).contiguous()
 
-    def implementation(*args: object, **kwargs: object) -> object:
-        found = reference(*args, **kwargs)
-        return found.contiguous() if isinstance(found, Tensor) else tuple(part.contiguous() for part in found)
 
-    return implementation
-
+ORIENTED = (quantize, dequantize, transpose, region_outputs)
+"""Those that lay out their results themselves."""
 
 for _schema, _reference, _fake in _OPERATIONS:
     _name = _schema.split("(", 1)[0]
     LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
-    LIBRARY.impl(_name, _contiguous(_reference), "CompositeExplicitAutograd")
+    _implementation = _reference if _reference in ORIENTED else _contiguous(_reference)
+    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"nvfp4::{_name}", _fake, lib=LIBRARY)
 
 HADAMARD = torch.ops.nvfp4.hadamard.default
@@ -256,8 +290,10 @@ QUANTIZE = torch.ops.nvfp4.quantize.default
 TRANSPOSE = torch.ops.nvfp4.transpose.default
 DEQUANTIZE = torch.ops.nvfp4.dequantize.default
 SCALED_MM = torch.ops.nvfp4.scaled_mm.default
+REGION = torch.ops.nvfp4.region.default
+PRODUCT = torch.ops.nvfp4.product.default
 
-OPERATIONS: frozenset[Target] = frozenset({HADAMARD, AMAX, QUANTIZE, TRANSPOSE, DEQUANTIZE, SCALED_MM})
+OPERATIONS: frozenset[Target] = frozenset({HADAMARD, AMAX, QUANTIZE, TRANSPOSE, DEQUANTIZE, SCALED_MM, REGION, PRODUCT})
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:
@@ -288,19 +324,20 @@ class KernelTable:
 
     Each entry is a function of tensors that `make_fx` can trace: plain aten, or a call of an operation of the
     target's own. Arguments are those of the dialect operation of the same name.
-    `operand` is quantize followed by dequantize, for an operand whose packed form nobody needs; None where there is
-    none.
+
+    A target has either `region`, one kernel for all that is computed from a matrix, or the four before it. `operand` is
+    quantize followed by dequantize, for an operand whose packed form nobody needs; None where there is none.
     `dequantize` and `operand` return code * scale in `operand_dtype` (exact in BF16), without the global factor.
-    `product` multiplies two dequantised operands [.., M, K] and [.., N, K] and returns float32 [.., M, N].
-    names: what `explain` calls each entry.
+    names: what `explain` calls a matmul both of whose operands are quantised, and one of which one is.
     """
 
     target: str
     operand_dtype: torch.dtype
-    hadamard: Callable[[Tensor, Sequence[int]], Tensor]
-    amax: Callable[..., Tensor]
-    quantize: Callable[..., tuple[Tensor, Tensor]]
     dequantize: Callable[[Tensor, Tensor, int], Tensor]
-    product: Callable[[Tensor, Tensor], Tensor]
-    operand: Callable[..., Tensor] | None
+    product: Callable[..., Tensor]
     names: Mapping[str, str]
+    hadamard: Callable[[Tensor, Sequence[int]], Tensor] | None = None
+    amax: Callable[..., Tensor] | None = None
+    quantize: Callable[..., tuple[Tensor, Tensor]] | None = None
+    operand: Callable[..., Tensor] | None = None
+    region: Callable[..., Sequence[Tensor]] | None = None

@@ -90,10 +90,12 @@ def encode_e2m1(y: Tensor, random_bits: Tensor | None = None) -> Tensor:
 
     Nearest, ties to even code, or stochastic when `random_bits` (uint8, same shape) is given: the magnitude goes
     to the upper neighbour when `256 * (a - lo) / (hi - lo) > random + 0.5`: the expected value is off by 1/512 of the
-    gap at most, and by 0 on average.
+    gap at most, and by 0 on average. Below 1 it is first rounded to a multiple of 2^-23, as `(a + 1) - 1` is.
     -0.0 gives code 0, a small negative that rounds to zero gives code 8, NaN gives code 7 (its block scale is NaN).
     """
     magnitude = torch.where(y.isnan(), E2M1_MAX, y.abs())
+    if random_bits is not None:
+        magnitude = torch.where(magnitude < 1, (magnitude + 1.0) - 1.0, magnitude)
     # Codes are linear in the magnitude within [0, 2), [2, 4) and [4, 6].
     slope = torch.where(magnitude < 2, 2.0, torch.where(magnitude < 4, 1.0, 0.5))
     offset = torch.where(magnitude < 2, 0.0, torch.where(magnitude < 4, 2.0, 4.0))

@@ -11,6 +11,7 @@ from nvfp4c.debug import GraphLog
 from nvfp4c.dialect import KernelTable, Stage
 from nvfp4c.passes.assign import Assign
 from nvfp4c.passes.classify import Classify
+from nvfp4c.passes.fold_hadamard import fold_hadamard
 from nvfp4c.passes.fuse import fuse
 from nvfp4c.passes.insert_hadamard import insert_hadamard
 from nvfp4c.passes.insert_scaling import insert_scaling
@@ -48,14 +49,15 @@ def rewrite() -> tuple[Step, ...]:
         Step("insert_hadamard", insert_hadamard, Stage.ROTATED),
         Step("insert_scaling", insert_scaling, Stage.SCALED),
         Step("share", share, Stage.SCALED),
-        Step("fuse", fuse, Stage.FUSED),
-        Step("place", place, Stage.FUSED),
+        Step("fold_hadamard", fold_hadamard, Stage.SCALED),
+        Step("place", place, Stage.SCALED),
     )
 
 
 def lowering(table: KernelTable) -> tuple[Step, ...]:
     """Turn the dialect into what a target runs, on the forward and the backward graph apart."""
-    return (Step("lower", Lower(table), Stage.LOWERED),)
+    lower = Step("lower", Lower(table), Stage.LOWERED)
+    return (lower,) if table.region is None else (Step("fuse", fuse, Stage.FUSED), lower)
 
 
 def run(graph: fx.Graph, steps: Sequence[Step], title: str, observers: Sequence[Observer] = ()) -> fx.Graph:

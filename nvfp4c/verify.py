@@ -16,7 +16,9 @@ from nvfp4c.dialect import (
     AMAX,
     DEQUANTIZE,
     HADAMARD,
+    PRODUCT,
     QUANTIZE,
+    REGION,
     SCALED_MM,
     TRANSPOSE,
     Quantization,
@@ -32,6 +34,7 @@ from nvfp4c.formats import ROW_BLOCK, TILE_BLOCK, padded
 aten = torch.ops.aten
 
 _SCALED = frozenset({HADAMARD, AMAX, QUANTIZE, TRANSPOSE, DEQUANTIZE, SCALED_MM})
+_FUSED = frozenset({REGION, PRODUCT, DEQUANTIZE, QUANTIZE, TRANSPOSE})
 
 ALLOWED: dict[Stage, frozenset[Target]] = {
     Stage.AOT: frozenset(),
@@ -39,7 +42,7 @@ ALLOWED: dict[Stage, frozenset[Target]] = {
     Stage.ASSIGNED: frozenset(),
     Stage.ROTATED: frozenset({HADAMARD}),
     Stage.SCALED: _SCALED,
-    Stage.FUSED: _SCALED,
+    Stage.FUSED: _FUSED,
     Stage.LOWERED: frozenset(),
 }
 """Which operations of the dialect a graph may hold at each stage."""
@@ -90,8 +93,6 @@ def _check_operation(node: fx.Node, stage: Stage) -> None:
         raise _fail(node, stage, "this operation is not allowed at this stage")
     if node.kwargs:
         raise _fail(node, stage, f"takes {', '.join(node.kwargs)} by name; passes read arguments by place")
-    if stage is Stage.FUSED and node.target is HADAMARD and all(user.target in (AMAX, QUANTIZE) for user in node.users):
-        raise _fail(node, stage, "its readers can all rotate by themselves; it should have been folded")
 
 
 def _check_metadata(node: fx.Node, stage: Stage) -> None:
@@ -142,7 +143,7 @@ def _check_matmul(node: fx.Node, stage: Stage) -> None:
         if assignment.left is not None and assignment.right is not None:
             raise _fail(node, stage, "assigned to NVFP4 but not scaled")
         side = "left" if assignment.left is not None else "right"
-        if _unturned(operands[side]).target is not DEQUANTIZE:
+        if stage is Stage.SCALED and _unturned(operands[side]).target is not DEQUANTIZE:
             raise _fail(node, stage, f"its {side} operand is assigned to NVFP4 but not quantised")
 
 
@@ -161,7 +162,11 @@ def _check_quantize(node: fx.Node, stage: Stage) -> None:
 
 def _check_transpose(node: fx.Node, stage: Stage) -> None:
     maker = _maker(arguments(node)[0])
-    if maker is not None and _quantization(maker) != Quantization(TILE_BLOCK, "nearest", None):
+    if (
+        maker is not None
+        and maker.target is QUANTIZE
+        and _quantization(maker) != Quantization(TILE_BLOCK, "nearest", None)
+    ):
         raise _fail(node, stage, "only 16x16 tiles, not rotated, can be turned")
 
 

@@ -28,13 +28,16 @@ from torch._guards import detect_fake_mode
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Target
+from torch.utils._pytree import tree_leaves
 
 from nvfp4c import dialect
 from nvfp4c.dialect import (
     AMAX,
     DEQUANTIZE,
     HADAMARD,
+    PRODUCT,
     QUANTIZE,
+    REGION,
     SCALED_MM,
     TRANSPOSE,
     KernelTable,
@@ -42,6 +45,7 @@ from nvfp4c.dialect import (
     is_dialect,
 )
 from nvfp4c.formats import GLOBAL_MAX
+from nvfp4c.passes.fuse import read_packed
 from nvfp4c.passes.graph_edit import copy_origin, insert, swap_order, value
 from nvfp4c.passes.share import merge_equal
 
@@ -56,7 +60,7 @@ class Lower:
 
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         if any(is_dialect(node) for node in graph.nodes):
-            lowering = _Lowering(graph, self.table, _read_packed(graph))
+            lowering = _Lowering(graph, self.table, read_packed(graph))
             for node in list(graph.nodes):
                 if is_dialect(node):
                     lowering.lower(node)
@@ -81,14 +85,23 @@ class _Lowering:
 
     def lower(self, node: fx.Node) -> None:
         """Replace one node. Quantisations and transposes wait until a product asks for them, or until the end."""
-        entries: dict[Target, Callable[..., Any]] = {HADAMARD: self.table.hadamard, AMAX: self.table.amax}
+        entries: dict[Target, Callable[..., Any] | None] = {
+            HADAMARD: self.table.hadamard,
+            AMAX: self.table.amax,
+            REGION: self.table.region,
+            PRODUCT: self.table.product,
+        }
         with self.graph.inserting_before(node):
             if node.target is SCALED_MM:
                 self._replace(node, self._scaled_mm(node))
             elif node.target is DEQUANTIZE:
                 self._replace(node, self._dequantize(node))
             elif node.target in entries:
-                self._replace(node, self._emit(entries[node.target], arguments(node), node))
+                found = self._emit(entries[node.target], arguments(node), node)
+                if node.target is REGION:
+                    self._replace_items(node, found)
+                else:
+                    self._replace(node, found)
 
     def finish(self) -> None:
         """Emit the packed forms that are needed after all, then drop what nobody reads."""
@@ -104,10 +117,7 @@ class _Lowering:
                         parts = self._emit(self.table.quantize, arguments(node), node)
                     else:
                         parts = self._emit(dialect.transpose, arguments(node), node)
-                for item in list(node.users):
-                    item.replace_all_uses_with(parts[arguments(item)[1]])
-                    self.graph.erase_node(item)
-                self.graph.erase_node(node)
+                self._replace_items(node, parts)
         merge_equal(self.graph, frozenset(self.emitted))
         self.graph.eliminate_dead_code()
 
@@ -115,12 +125,14 @@ class _Lowering:
         a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, k, bias, dtype = arguments(node)
         a = self._operand(a_codes, a_scales, k, node)
         b = self._operand(b_codes, b_scales, k, node)
-        product = self._emit(self.table.product, (a, b), node)
-        return self._emit(dialect.scale_product, (product, a_amax, b_amax, bias, dtype), node)
+        return self._emit(self.table.product, (a, b, a_amax, b_amax, bias, dtype), node)
 
     def _dequantize(self, node: fx.Node) -> fx.Node:
         codes, scales, amax, k, dtype = arguments(node)
-        return self._emit(_scale_values, (self._operand(codes, scales, k, node), amax, dtype), node)
+        operand = self._operand(codes, scales, k, node)
+        if amax is None and dtype == self.table.operand_dtype:
+            return operand
+        return self._emit(_scale_values, (operand, amax, dtype), node)
 
     def _operand(self, codes: fx.Node, scales: fx.Node, k: Any, like: fx.Node) -> fx.Node:
         """code * scale of a packed operand, [.., rows, k]; emitted once for each distinct operand."""
@@ -144,13 +156,18 @@ class _Lowering:
         node.replace_all_uses_with(replacement)
         self.graph.erase_node(node)
 
-    def _emit(self, entry: Callable[..., Any], args: Sequence[Any], like: fx.Node) -> Any:
+    def _replace_items(self, node: fx.Node, parts: Sequence[fx.Node]) -> None:
+        for item in list(node.users):
+            self._replace(item, parts[arguments(item)[1]])
+        self.graph.erase_node(node)
+
+    def _emit(self, entry: Callable[..., Any] | None, args: Sequence[Any], like: fx.Node) -> Any:
         """Copy the traced `entry` into the graph at the insertion point; returns the node or nodes of its result."""
-        inputs = iter([argument for argument in args if isinstance(argument, fx.Node)])
-        values = value(tuple(args))
-        key = (entry, tuple(map(_signature, values)))
+        assert entry is not None, f"target {self.table.target} has no such kernel"
+        inputs = iter(_nodes(args))
+        key = (entry, tuple(map(_signature, tree_leaves(value(tuple(args))))))
         if key not in self.traced:
-            self.traced[key] = _trace(entry, values, args)
+            self.traced[key] = _trace(entry, args)
         module = self.traced[key]
         copies: dict[fx.Node, Any] = {}
         for node in module.graph.nodes:
@@ -176,17 +193,6 @@ class _Lowering:
         return name
 
 
-def _read_packed(graph: fx.Graph) -> frozenset[fx.Node]:
-    """Quantisations and transposes whose bytes are read: by another graph, or by a transpose whose own bytes are."""
-    found: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        if node.target in (QUANTIZE, TRANSPOSE):
-            readers = {reader for item in node.users for reader in item.users}
-            if any(reader in found or reader.target not in (SCALED_MM, DEQUANTIZE, TRANSPOSE) for reader in readers):
-                found.add(node)
-    return frozenset(found)
-
-
 def _scale_values(values: Tensor, amax: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What is left of nvfp4.dequantize after code * scale."""
     values = values.float()
@@ -200,17 +206,19 @@ def _signature(value: Any) -> object:
     return str(value) if isinstance(value, torch.SymInt) else (type(value), repr(value))
 
 
-def _trace(entry: Callable[..., Any], values: Sequence[Any], args: Sequence[Any]) -> fx.GraphModule:
+def _nodes(args: Sequence[Any]) -> list[fx.Node]:
+    """The nodes among arguments, each as often as it stands there."""
+    return [leaf for leaf in tree_leaves(tuple(args)) if isinstance(leaf, fx.Node)]
+
+
+def _trace(entry: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
     """The aten graph of `entry`, whose inputs are those arguments that are graph nodes."""
-    dynamic = [index for index, argument in enumerate(args) if isinstance(argument, fx.Node)]
 
     def call(*inputs: Any) -> Any:
-        filled = list(values)
-        for index, given in zip(dynamic, inputs, strict=True):
-            filled[index] = given
-        return entry(*filled)
+        given = iter(inputs)
+        return entry(*fx.map_arg(tuple(args), lambda node: next(given)))
 
-    inputs = [values[index] for index in dynamic]
+    inputs = [node.meta["val"] for node in _nodes(args)]
     fake_mode = detect_fake_mode(inputs)
     assert fake_mode is not None, "the graph carries no fake tensors"
     # Compiling may happen under the user's autocast, which would put casts of its own into the trace.

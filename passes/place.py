@@ -5,6 +5,8 @@
 - A node made from a tensor that activation checkpointing recomputes carries the same tags, so it is not saved instead.
 - A seed is drawn once and saved: drawn again it would give other random bits.
 - A selective checkpoint that saves a matmul means its product, not the operands that are quantised for it.
+- A weight, or another input of the graph, is quantised again in the backward: it is kept anyway, and its codes would
+  take memory.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import operator
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from nvfp4c.dialect import SCALED_MM, arguments, is_dialect
-from nvfp4c.passes.graph_edit import backward_nodes
+from nvfp4c.dialect import QUANTIZE, SCALED_MM, arguments, is_dialect
+from nvfp4c.passes.graph_edit import arrangement_base, backward_nodes
 from nvfp4c.passes.insert_scaling import SEED
 
 CHECKPOINT_META = ("recompute", "ac_graph_id")
@@ -37,7 +39,14 @@ def place(graph: fx.Graph) -> fx.Graph:
         elif node in backward and _is_inserted(node):
             node.meta["partitioner_tag"] = "is_forward"
             _inherit_checkpoint(node)
+        if backward and node.target is QUANTIZE and _is_input(arguments(node)[0]):
+            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
     return graph
+
+
+def _is_input(node: fx.Node) -> bool:
+    """Whether a node is an input of the graph, or an arrangement of one."""
+    return arrangement_base(node).op == "placeholder"
 
 
 def _is_operand(node: fx.Node) -> bool:

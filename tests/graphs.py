@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from nvfp4c import pipeline
 from nvfp4c.capture import CapturedGraph, capture
 from nvfp4c.dialect import ASSIGNMENT, MATMUL, OPERATIONS, Assignment, Matmul, Stage, matmul_of
-from nvfp4c.formats import DEFAULT_SIGNS
+from nvfp4c.formats import DEFAULT_SIGNS, TILE_BLOCK
 from nvfp4c.passes.insert_scaling import SEED
 from nvfp4c.pipeline import Step
 from nvfp4c.plan import PrecisionPlan
 from nvfp4c.recipe import Recipe
+from nvfp4c.region import Output, Region
 from nvfp4c.sites import ModelNames
 from nvfp4c.verify import verify
 
@@ -81,7 +83,20 @@ def _argument(argument: Any, names: dict[fx.Node, str]) -> str:
         return names[argument]
     if isinstance(argument, (list, tuple)):
         return "SIGNS" if list(argument) == SIGNS else f"[{', '.join(_argument(item, names) for item in argument)}]"
+    if isinstance(argument, str) and argument.startswith("{"):
+        return "; ".join(map(_output, Region.from_json(argument).outputs))
     return str(argument)
+
+
+def _output(output: Output) -> str:
+    """`packed columns with SIGNS stochastic 3 by amax 1`, of a region; what is usual is left out."""
+    words = [output.form.value]
+    words += ["columns"] if output.down else []
+    words += ["tiles"] if output.block == TILE_BLOCK else []
+    words += ["with SIGNS"] if output.signs == DEFAULT_SIGNS else [] if output.signs is None else [str(output.signs)]
+    words += [f"stochastic {output.stream}"] if output.stochastic else []
+    words += [f"by amax {output.amax}"] if output.amax else []
+    return " ".join(words)
 
 
 def copied(graph: fx.Graph) -> fx.Graph:
@@ -90,6 +105,13 @@ def copied(graph: fx.Graph) -> fx.Graph:
     nodes: dict[fx.Node, fx.Node] = {}
     copy.output(copy.graph_copy(graph, nodes))
     return copy
+
+
+def partitioned(graph: fx.Graph) -> tuple[fx.Graph, fx.Graph]:
+    """The forward and backward graphs that PyTorch's partitioner makes of a joint graph with one output."""
+    module = fx.GraphModule(nn.Module(), copied(graph))
+    forward, backward = min_cut_rematerialization_partition(module, (), num_fwd_outputs=1)
+    return forward.graph, backward.graph
 
 
 class Reference(fx.Interpreter):
@@ -157,7 +179,7 @@ def run_step(graph: fx.Graph, step: Step, before: Stage) -> fx.Graph:
     return graph
 
 
-ALL_STEPS = ("classify", "assign", "insert_hadamard", "insert_scaling", "share", "fuse", "place")
+ALL_STEPS = ("classify", "assign", "insert_hadamard", "insert_scaling", "share", "fold_hadamard", "place")
 
 
 def steps_of(recipe: Recipe, names: ModelNames, plan: PrecisionPlan | None = None) -> tuple[Step, ...]:

@@ -62,7 +62,7 @@ def test_level_3_says_what_each_pass_changed(
     assert changes["insert_hadamard"] == "+2 aten.permute.default, +2 nvfp4.hadamard.default"
     assert "+2 nvfp4.scaled_mm.default" in changes["insert_scaling"]
     assert "-1 aten.addmm.default" in changes["insert_scaling"]
-    assert changes["fuse"] == "-2 nvfp4.hadamard.default"
+    assert changes["fold_hadamard"] == "-2 nvfp4.hadamard.default"
 
 
 def test_level_4_shows_the_graphs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

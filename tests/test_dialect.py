@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from nvfp4c import dialect, numerics, philox
-from nvfp4c.formats import DEFAULT_SIGNS, padded
+from nvfp4c.formats import DEFAULT_SIGNS, ROW_BLOCK, TILE_BLOCK, padded
+from nvfp4c.region import Axis, Form, Output, Region
 
 SIGNS = list(DEFAULT_SIGNS)
 
@@ -27,17 +28,25 @@ def raw(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
 
 
+Arguments = dict[str, Tensor | int | list[Tensor]]
+
+
 @dataclass(frozen=True)
 class Case:
     """One way to call an operation. arguments: made from an operand x [.., M, K]; constants: the others, by name."""
 
     op: torch._ops.OpOverload
-    arguments: Callable[[Tensor], dict[str, Tensor | int]]
+    arguments: Callable[[Tensor], Arguments]
     constants: dict[str, object] = field(default_factory=dict)
 
     @property
     def reference(self) -> Callable[..., object]:
-        return getattr(dialect, self.op._opname)
+        return dialect.region_outputs if self.op is dialect.REGION else getattr(dialect, self.op._opname)
+
+    @property
+    def oriented(self) -> bool:
+        """Whether results lie in memory as x does; else they are contiguous."""
+        return self.op in (dialect.QUANTIZE, dialect.DEQUANTIZE)
 
     def on(self, x: Tensor) -> dict[str, object]:
         return {**self.arguments(x), **self.constants}
@@ -47,35 +56,66 @@ def tiles(x: Tensor) -> tuple[Tensor, Tensor]:
     return dialect.QUANTIZE(x, numerics.tensor_amax(x), [16, 16], "nearest")
 
 
-def of_x(x: Tensor) -> dict[str, Tensor | int]:
+def of_x(x: Tensor) -> Arguments:
     return {"x": x}
 
 
-def of_x_and_amax(x: Tensor) -> dict[str, Tensor | int]:
+def of_x_and_amax(x: Tensor) -> Arguments:
     return {"x": x, "amax": numerics.tensor_amax(x)}
 
 
-def of_x_and_seed(x: Tensor) -> dict[str, Tensor | int]:
+def of_x_and_seed(x: Tensor) -> Arguments:
     return {**of_x_and_amax(x), "seed": torch.tensor(1234)}
 
 
-def of_packed(x: Tensor) -> dict[str, Tensor | int]:
+def of_packed(x: Tensor) -> Arguments:
     codes, scales = tiles(x)
     return {"codes": codes, "scales": scales, "k": x.shape[-1]}
 
 
-def of_packed_and_amax(x: Tensor) -> dict[str, Tensor | int]:
+def of_packed_and_amax(x: Tensor) -> Arguments:
     return {**of_packed(x), "amax": numerics.tensor_amax(x)}
 
 
-def of_two_operands(x: Tensor) -> dict[str, Tensor | int]:
+def of_two_operands(x: Tensor) -> Arguments:
     names = ("a_codes", "a_scales", "a_amax", "b_codes", "b_scales", "b_amax")
     amax = numerics.tensor_amax(x)
     return {**dict(zip(names, (*tiles(x), amax, *tiles(-x), amax.clone()), strict=True)), "k": x.shape[-1]}
 
 
-def of_two_operands_and_bias(x: Tensor) -> dict[str, Tensor | int]:
+def of_two_operands_and_bias(x: Tensor) -> Arguments:
     return {**of_two_operands(x), "bias": matrix(x.shape[-2], seed=3)}
+
+
+def of_region(x: Tensor) -> Arguments:
+    return {"x": x, "amaxes": [numerics.tensor_amax(x), torch.tensor(3.0)], "seed": torch.tensor(1234)}
+
+
+def of_product(x: Tensor) -> Arguments:
+    """An operand and its negative, which both are exact in bfloat16."""
+    amax = numerics.tensor_amax(x)
+    a, b = (dialect.DEQUANTIZE(*tiles(given), None, x.shape[-1], torch.bfloat16) for given in (x, -x))
+    return {"a": a, "b": b, "a_amax": amax, "b_amax": amax.clone()}
+
+
+def of_product_and_bias(x: Tensor) -> Arguments:
+    return {**of_product(x), "bias": matrix(x.shape[-2], seed=3)}
+
+
+def every_output(axis: Axis, signs: tuple[int, ...] | None) -> dict[str, object]:
+    """A region with each form, both roundings and both blocks."""
+    plain = [
+        Output(form, axis, block, rounding, signs, amax, stream)
+        for form, block, rounding, amax, stream in (
+            (Form.AMAX, ROW_BLOCK, "nearest", 0, 0),
+            (Form.PACKED, ROW_BLOCK, "stochastic", 1, 3),
+            (Form.OPERAND, TILE_BLOCK, "nearest", 0, 0),
+            (Form.PACKED, TILE_BLOCK, "nearest", 0, 0),
+            (Form.OPERAND, ROW_BLOCK, "stochastic", 0, 4),
+        )
+    ]
+    turned = [] if signs is None else [Output(Form.ROTATED, axis, signs=signs)]
+    return {"region": Region((*plain, *turned)).to_json()}
 
 
 ROWS, TILES = {"block": [1, 16], "rounding": "nearest"}, {"block": [16, 16], "rounding": "nearest"}
@@ -93,6 +133,12 @@ CASES = {
     "dequantize to bf16": Case(dialect.DEQUANTIZE, of_packed, {"amax": None, "dtype": torch.bfloat16}),
     "scaled_mm": Case(dialect.SCALED_MM, of_two_operands, {"bias": None, "out_dtype": torch.bfloat16}),
     "scaled_mm with bias": Case(dialect.SCALED_MM, of_two_operands_and_bias, {"out_dtype": torch.float32}),
+    "region by rows": Case(dialect.REGION, of_region, every_output(Axis.ROWS, None)),
+    "region by columns": Case(dialect.REGION, of_region, every_output(Axis.COLUMNS, None)),
+    "region by rows, rotated": Case(dialect.REGION, of_region, every_output(Axis.ROWS, DEFAULT_SIGNS)),
+    "region by columns, rotated": Case(dialect.REGION, of_region, every_output(Axis.COLUMNS, DEFAULT_SIGNS)),
+    "product": Case(dialect.PRODUCT, of_product, {"bias": None, "out_dtype": torch.bfloat16}),
+    "product with bias": Case(dialect.PRODUCT, of_product_and_bias, {"out_dtype": torch.float32}),
 }
 EVERY_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -121,6 +167,11 @@ def test_opcheck(case: Case, x: Tensor) -> None:
     torch.library.opcheck(case.op, (), case.on(x), test_utils=utilities)
 
 
+def lies_as_promised(case: Case, x: Tensor, result: Tensor) -> bool:
+    turned = case.oriented and x.stride(-1) != 1
+    return (result.mT if turned else result).is_contiguous()
+
+
 @EVERY_CASE
 @EVERY_OPERAND
 def test_results_are_new_memory_and_inputs_stay(case: Case, x: Tensor) -> None:
@@ -130,7 +181,7 @@ def test_results_are_new_memory_and_inputs_stay(case: Case, x: Tensor) -> None:
     results = pytree.tree_leaves(case.op(**arguments))
     used = {leaf.untyped_storage().data_ptr() for leaf in inputs if leaf.numel()}
     for result in results:
-        assert result.is_contiguous()
+        assert lies_as_promised(case, x, result)
         if result.numel():
             address = result.untyped_storage().data_ptr()
             assert address not in used
@@ -139,6 +190,12 @@ def test_results_are_new_memory_and_inputs_stay(case: Case, x: Tensor) -> None:
 
 
 # ---- fakes and symbolic sizes
+
+
+def places(tensor: Tensor) -> list[int]:
+    """Strides of a tensor that has elements, of the axes that have several."""
+    axes = zip(tensor.stride(), tensor.shape, strict=True)
+    return [stride for stride, size in axes if size > 1] if tensor.numel() else []
 
 
 @EVERY_CASE
@@ -152,7 +209,7 @@ def test_fakes_agree(case: Case, x: Tensor) -> None:
     assert len(found) == len(real)
     for fake, result in zip(found, real, strict=True):
         assert (fake.shape, fake.dtype, fake.device) == (result.shape, result.dtype, result.device)
-        assert fake.is_contiguous() and result.is_contiguous()
+        assert places(fake) == places(result)
 
 
 def trace(function: Callable[..., object], case: Case, x: Tensor) -> fx.GraphModule:
@@ -169,7 +226,7 @@ def guards_hold(graph: fx.GraphModule, case: Case, x: Tensor) -> bool:
     """Whether a graph traced with symbolic sizes is declared fit for the case on x."""
     inputs = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
     environment = next(val.fake_mode.shape_env for val in inputs if isinstance(val, Tensor))
-    return environment.evaluate_guards_for_args(inputs, list(case.arguments(x).values()))
+    return environment.evaluate_guards_for_args(inputs, pytree.tree_leaves(case.arguments(x)))
 
 
 TRACED = (37, 40)
@@ -192,8 +249,8 @@ def test_fakes_put_no_guard_on_sizes(case: Case) -> None:
 def test_references_trace_with_symbolic_sizes(case: Case) -> None:
     graph = trace(case.reference, case, matrix(*TRACED))
     assert not any(dialect.is_dialect(node) for node in graph.graph.nodes)
-    # Cutting the padding off looks at whether there is any, so these two may tell aligned sizes from ragged ones.
-    cuts = case.op in (dialect.TRANSPOSE, dialect.DEQUANTIZE)
+    # Cutting the padding off looks at whether there is any, so these may tell aligned sizes from ragged ones.
+    cuts = case.op in (dialect.TRANSPOSE, dialect.DEQUANTIZE, dialect.REGION)
     for size in SEVERAL_BLOCKS if cuts else SEVERAL_BLOCKS + ALIGNED:
         assert guards_hold(graph, case, matrix(*size)), size
     for size in SEVERAL_BLOCKS + ALIGNED + SMALL:

@@ -1,7 +1,9 @@
-"""The Triton kernels on a machine without a GPU: run in the interpreter, and compiled ahead of time.
+"""The Triton kernels on a machine without a GPU: run in the interpreter, compiled ahead of time, and read.
 
 The tests in `kernels/` compare bits. They need TRITON_INTERPRET=1 before triton is first imported, so here they run
 in a process of their own; where there is a GPU, pytest collects them as well and runs them on it.
+
+`python tests/test_kernels.py` accepts the source that is emitted now as the golden one.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,27 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="no triton for this system")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
 from nvfp4c.codegen import kernels  # noqa: E402
-from nvfp4c.codegen.operations import COLUMN_TILE, INTERPRETED, ROW_TILE, Tile  # noqa: E402
+from nvfp4c.codegen.assembly import Assembly, assemble  # noqa: E402
+from nvfp4c.codegen.emit import CONSTANTS, emit  # noqa: E402
+from nvfp4c.codegen.operations import (  # noqa: E402
+    E4M3_CAPABILITY,
+    INTERPRETED,
+    LOAD_BYTES,
+    UNPACK_TILE,
+    emitted,
+    tile_of,
+)
+from nvfp4c.formats import DEFAULT_SIGNS, TILE_BLOCK, signs_from_seed  # noqa: E402
+from nvfp4c.region import Axis, Form, Output, Region  # noqa: E402
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles, which the interpreter does not")
+compiles = pytest.mark.skipif(INTERPRETED, reason="compiles, which the interpreter does not")
 
 FOLDER = Path(__file__).parent / "kernels"
+GOLDEN = Path(__file__).parent / "data" / "region_operand_packed.py.txt"
 
 
+@pytest.mark.skipif(INTERPRETED, reason="runs them in the interpreter, where this already is")
 @pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
 def test_in_the_interpreter(file: str) -> None:
     # numpy warns of 1 / 0 and of overflow, on which a GPU is silent.
@@ -38,107 +49,172 @@ def test_in_the_interpreter(file: str) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-ARGUMENT_TYPES = {
-    "amax": "*fp32",
-    "amax_bits": "*i32",
-    "seed": "*i64",
-    "words": "*i32",
-    "scales": "*u8",
-    "rotated": "*bf16",
-    "values": "*bf16",
+COLUMNS = Axis.COLUMNS
+INPUT = Region((Output(Form.OPERAND), Output(Form.PACKED, COLUMNS, signs=DEFAULT_SIGNS, amax=1)))
+"""The operand of a layer's product, and the codes that its weight gradient will need."""
+
+TRAINING = {
+    "amaxes": Region((Output(Form.AMAX), Output(Form.AMAX, COLUMNS, signs=DEFAULT_SIGNS))),
+    "amax of a weight": Region((Output(Form.AMAX),)),
+    "input": INPUT,
+    "gradient": Region(
+        (
+            Output(Form.OPERAND, rounding="stochastic"),
+            Output(Form.OPERAND, COLUMNS, rounding="stochastic", signs=DEFAULT_SIGNS, amax=1, stream=1),
+        )
+    ),
+    "weight": Region((Output(Form.OPERAND, block=TILE_BLOCK),)),
+    "weight, transposed": Region((Output(Form.OPERAND, COLUMNS, TILE_BLOCK),)),
 }
-"""Pointers that are always of one type; x is given by a test, all others are int32."""
+"""What a training step of the default recipe computes from each of its matrices."""
 
-QUANTIZE_KINDS = [  # tile, x, rotated, tiled, stochastic
-    (ROW_TILE, "bf16", False, False, False),
-    (ROW_TILE, "bf16", False, True, True),
-    (ROW_TILE, "bf16", True, False, True),
-    (ROW_TILE, "bf16", True, True, False),
-    (ROW_TILE, "fp32", False, False, False),
-    (ROW_TILE, "fp16", True, False, True),
-    (COLUMN_TILE, "bf16", True, False, True),
-    (COLUMN_TILE, "bf16", False, True, False),
-]
-WIDTHS = {"bf16": 8, "fp16": 8, "fp32": 4}
+OTHERS = {
+    "all rows": Region(
+        (
+            Output(Form.PACKED, block=TILE_BLOCK, rounding="stochastic"),
+            Output(Form.AMAX, signs=DEFAULT_SIGNS),
+            Output(Form.ROTATED, signs=DEFAULT_SIGNS),
+            Output(Form.OPERAND, signs=DEFAULT_SIGNS, amax=1),
+        )
+    ),
+    "all columns": Region(
+        (
+            Output(Form.PACKED, COLUMNS, TILE_BLOCK, "stochastic"),
+            Output(Form.AMAX, COLUMNS, signs=DEFAULT_SIGNS),
+            Output(Form.ROTATED, COLUMNS, signs=DEFAULT_SIGNS),
+            Output(Form.OPERAND, COLUMNS, signs=DEFAULT_SIGNS, amax=1),
+        )
+    ),
+}
+ARGUMENT_TYPES = {
+    "seed": "*i64",
+    "operand": "*bf16",
+    "values": "*bf16",
+    "rotated": "*bf16",
+    "codes": "*u8",
+    "scales": "*u8",
+    "amax": "*fp32",
+    "a": "*fp32",
+}
+"""Pointers, by their names without the number of the output; x is given by a test, all others are int32."""
 
-
-def compiled(kernel: Any, capability: int, tile: Tile, x: str = "bf16", **constants: Any) -> Any:
-    """A kernel compiled for a GPU that need not be there, for an x with a contiguous axis and sizes divisible by 16."""
-    along_rows = tile == ROW_TILE
-    given: Mapping[str, Any] = {
-        "ROWS": tile.rows,
-        "BLOCKS": tile.blocks,
-        "WIDTH": WIDTHS[x] if along_rows else 1,
-        "column_stride" if along_rows else "row_stride": 1,
-        **constants,
-    }
-    types = {**ARGUMENT_TYPES, "x": f"*{x}"}
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in given else types.get(name, "i32") for name in names}
-    values = {(place,): given[name] for place, name in enumerate(names) if name in given}
-    unspecialized = ("signs", "stream", *given)
-    aligned = {(p,): [["tt.divisibility", 16]] for p, name in enumerate(names) if name not in unspecialized}
-    return triton.compile(
-        ASTSource(kernel, signature, values, aligned),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": tile.warps, "enable_fp_fusion": False},
-    )
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+SIZES = ("rows", "columns", "batch_stride", "row_stride")
 
 
-def check_assembly(binary: Any, tmp_path: Path) -> None:
-    """Nothing in it would change a result's bits, and no register is spilled."""
-    assembly = binary.asm["ptx"]
-    fused, flushed, approximate = (
-        re.findall(rf"\S*{word}\S*", assembly) for word in ("fma", r"\.ftz", r"approx|\.full")
-    )
-    assert not fused, "rounds once where the reference rounds twice"
+def assembled(region: Region, target: str, x: str = "bf16", even: bool = True, **constants: Any) -> Assembly:
+    """A region's kernel compiled for a GPU that need not be there, as the operation launches it.
+
+    even: sizes are multiples of the tile. constants: arguments that a launch would make constant.
+    """
+    kernel, tile = emitted(region), tile_of(region)
+    native = target >= "sm_{}{}".format(*E4M3_CAPABILITY)
+    values = (tile.groups, tile.columns, 2, LOAD_BYTES // BYTES[x], even, native)
+    given = dict(zip(CONSTANTS, values, strict=True)) | constants
+    if not any(output.stochastic for output in region.outputs):
+        given["seed"] = None
+    types = {name: ARGUMENT_TYPES.get(name.rstrip("0123456789"), "i32") for name in kernel.arg_names}
+    aligned = [size for size in SIZES if size not in given]
+    return assemble(kernel, target, types | {"x": f"*{x}"}, given, aligned=aligned, num_warps=tile.warps)
+
+
+def check(found: Assembly) -> None:
+    """Nothing in a kernel would change a result's bits, and no register is spilled."""
+    flushed, approximate = (re.findall(rf"\S*{word}\S*", found.ptx) for word in (r"\.ftz", r"approx|\.full"))
     assert not flushed, "loses subnormals"
     assert not approximate, "is not correctly rounded"
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(binary.asm["cubin"])
-    tool = triton.knobs.nvidia.cuobjdump.path
-    usage = subprocess.run([tool, "-res-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
-    assert "STACK:0 " in usage, f"registers are spilled to the stack: {usage}"
+    factors = re.findall(r"\bfma\.rn\.f32\s+\S+ \S+ (\S+),", found.ptx)
+    assert len(factors) == len(re.findall(r"\bfma\.", found.ptx))
+    # Doubled or halved nothing is rounded, so the sum is rounded once, as after a product of its own.
+    assert set(factors) <= {"0f40000000", "0f3F000000"}, "rounds once where the reference rounds twice"
+    assert found.spills == 0, f"{found.spills} bytes of registers are spilled"
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90])
-@pytest.mark.parametrize("tile, x, rotated, tiled, stochastic", QUANTIZE_KINDS)
-def test_quantize_compiles(
-    capability: int, tile: Tile, x: str, rotated: bool, tiled: bool, stochastic: bool, tmp_path: Path
-) -> None:
-    constants: dict[str, Any] = {"ROTATED": rotated, "TILED": tiled, "STOCHASTIC": stochastic}
-    if not stochastic:
-        constants["seed"] = None
-    check_assembly(compiled(kernels.quantize_kernel, capability, tile, x, **constants), tmp_path)
+@compiles
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90"])
+@pytest.mark.parametrize("region", TRAINING.values(), ids=TRAINING)
+def test_the_regions_of_training(region: Region, target: str) -> None:
+    check(assembled(region, target))
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90])
-@pytest.mark.parametrize("tile", [ROW_TILE, COLUMN_TILE], ids=["rows", "columns"])
-def test_amax_and_hadamard_compile(capability: int, tile: Tile, tmp_path: Path) -> None:
-    for rotated in (False, True):
-        check_assembly(compiled(kernels.amax_kernel, capability, tile, ROTATED=rotated), tmp_path)
-    check_assembly(compiled(kernels.hadamard_kernel, capability, tile), tmp_path)
+@compiles
+@pytest.mark.parametrize("region", [*TRAINING.values(), *OTHERS.values()], ids=[*TRAINING, *OTHERS])
+def test_sizes_that_do_not_fit(region: Region) -> None:
+    check(assembled(region, "sm_90", even=False))
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90])
-def test_dequantize_compiles(capability: int, tmp_path: Path) -> None:
-    check_assembly(compiled(kernels.dequantize_kernel, capability, ROW_TILE), tmp_path)
+@compiles
+@pytest.mark.parametrize("x", ["fp32", "fp16"])
+def test_other_types(x: str) -> None:
+    check(assembled(INPUT, "sm_80", x))
 
 
-@pytest.mark.parametrize("one", ["rows", "columns", "batch_stride"])
-def test_a_size_of_one_compiles(one: str, tmp_path: Path) -> None:
+@compiles
+@pytest.mark.parametrize("one", SIZES)
+def test_a_size_of_one(one: str) -> None:
     """Triton makes a constant of every int that is 1, and constants lack a tensor's methods."""
-    kind: dict[str, Any] = {"ROTATED": True, "TILED": True, "STOCHASTIC": True, one: 1}
-    check_assembly(compiled(kernels.quantize_kernel, 80, ROW_TILE, **kind), tmp_path)
-    if one != "batch_stride":
-        check_assembly(compiled(kernels.dequantize_kernel, 80, ROW_TILE, **{one: 1}), tmp_path)
+    check(assembled(TRAINING["gradient"], "sm_80", even=False, **{one: 1}))
 
 
-@pytest.mark.parametrize("tile", [ROW_TILE, COLUMN_TILE], ids=["rows", "columns"])
-def test_threads_hold_whole_blocks(tile: Tile) -> None:
-    """Rotation and random bytes of a block need no exchange between threads, and loads are as wide as they can be."""
-    binary = compiled(kernels.quantize_kernel, 90, tile, ROTATED=True, TILED=False, STOCHASTIC=True)
-    assembly = binary.asm["ptx"]
-    assert "shfl" not in assembly
-    loads = re.findall(r"ld\.global(?:\.\w+)*?\.(v\d\.b32|b32|b16)\b", assembly)
-    assert ("v4.b32" if tile == ROW_TILE else "b32") in loads and "b16" not in loads
+@compiles
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("kernel", [kernels.unpack_rows, kernels.unpack_columns], ids=["rows", "columns"])
+def test_unpacking(kernel: Any, target: str) -> None:
+    types = {name: ARGUMENT_TYPES.get(name, "i32") for name in kernel.arg_names}
+    for sizes in ({}, {"rows": 1}, {"columns": 1}):
+        given = {"GROUPS": UNPACK_TILE.groups, "COLUMNS": UNPACK_TILE.columns, **sizes}
+        check(assemble(kernel, target, types, given, num_warps=UNPACK_TILE.warps))
+
+
+@compiles
+@pytest.mark.parametrize("form", [Form.PACKED, Form.OPERAND])
+def test_threads_hold_whole_blocks_of_columns(form: Form) -> None:
+    """Rotating and quantising them needs no exchange between threads, and no thread loads or stores single elements."""
+    found = assembled(Region((Output(form, COLUMNS, signs=DEFAULT_SIGNS),)), "sm_90")
+    assert "shfl" not in found.ptx and found.shared_bytes == 0
+    moved = re.findall(r"(ld|st)\.global(?:\.\w+)*?\.(v\d\.b32|b32|b16|b8)\b", found.ptx)
+    assert {kind for kind, _ in moved} == {"ld", "st"}
+    assert all(width.endswith("b32") for _, width in moved)
+
+
+@compiles
+def test_threads_load_rows_as_widely_as_they_can() -> None:
+    found = assembled(Region((Output(Form.OPERAND),)), "sm_90")
+    assert set(re.findall(r"ld\.global(?:\.\w+)*?\.(v\d\.b32|b16)\b", found.ptx)) == {"v4.b32"}
+
+
+# ---- the emitted text
+
+
+def test_the_golden_source() -> None:
+    """What is emitted for the input of a layer is what somebody has read; see above for how to accept another."""
+    assert emit(INPUT).source == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_equal_regions_give_equal_kernels() -> None:
+    """Whatever their streams; anything else makes another kernel of another name."""
+    other = {
+        "stream": Output(Form.PACKED, rounding="stochastic", stream=3),
+        "rounding": Output(Form.PACKED),
+        "axis": Output(Form.PACKED, COLUMNS, rounding="stochastic"),
+        "block": Output(Form.PACKED, block=TILE_BLOCK, rounding="stochastic"),
+        "signs": Output(Form.PACKED, rounding="stochastic", signs=DEFAULT_SIGNS),
+        "other signs": Output(Form.PACKED, rounding="stochastic", signs=signs_from_seed(2)),
+        "amax": Output(Form.PACKED, rounding="stochastic", amax=1),
+        "form": Output(Form.OPERAND, rounding="stochastic"),
+    }
+    emitted_now = {name: emit(Region((output,))) for name, output in other.items()}
+    assert emit(Region((Output(Form.PACKED, rounding="stochastic"),))) == emitted_now["stream"]
+    assert len({kernel.name for kernel in emitted_now.values()}) == len(other)
+    assert len({kernel.source for kernel in emitted_now.values()}) == len(other)
+
+
+def test_buffers_are_named_after_their_outputs() -> None:
+    outputs = (Output(Form.AMAX), Output(Form.PACKED), Output(Form.OPERAND), Output(Form.ROTATED, signs=DEFAULT_SIGNS))
+    kernel = emit(Region(outputs))
+    assert kernel.buffers == ("amax0", "codes1", "scales1", "operand2", "rotated3")
+    assert all(f"    {buffer},\n" in kernel.source for buffer in kernel.buffers)
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(emit(INPUT).source, encoding="utf-8")

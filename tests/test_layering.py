@@ -17,12 +17,14 @@ PACKAGE = ROOT / "nvfp4c"
 LONGEST_FILE = 500
 
 NUMERICS = {"nvfp4c.formats", "nvfp4c.errors"}
-DIALECT = {"nvfp4c.formats", "nvfp4c.numerics", "nvfp4c.philox", "nvfp4c.errors"}
+REGION = {"nvfp4c.formats", "nvfp4c.numerics", "nvfp4c.philox", "nvfp4c.errors"}
+DIALECT = REGION | {"nvfp4c.region"}
 MAY_IMPORT = {
     "nvfp4c.errors": set(),
     "nvfp4c.formats": {"torch"},
     "nvfp4c.numerics": {"torch"} | NUMERICS,
     "nvfp4c.philox": {"torch"} | NUMERICS,
+    "nvfp4c.region": {"torch"} | REGION,
     "nvfp4c.dialect": {"torch"} | DIALECT,
     "nvfp4c.verify": {"torch", "nvfp4c.dialect", "nvfp4c.formats", "nvfp4c.errors"},
     "nvfp4c.files": set(),
@@ -34,6 +36,7 @@ MAY_IMPORT = {
         "sympy",
         "nvfp4c.passes",
         "nvfp4c.dialect",
+        "nvfp4c.region",
         "nvfp4c.formats",
         "nvfp4c.errors",
         "nvfp4c.recipe",
@@ -47,7 +50,9 @@ MAY_IMPORT = {
         "sympy",
         "nvfp4c.codegen",
         "nvfp4c.dialect",
+        "nvfp4c.region",
         "nvfp4c.formats",
+        "nvfp4c.philox",
         "nvfp4c.numerics",
         "nvfp4c.errors",
     },

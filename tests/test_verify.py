@@ -19,7 +19,9 @@ from nvfp4c.dialect import (
     DEQUANTIZE,
     HADAMARD,
     MATMUL,
+    PRODUCT,
     QUANTIZE,
+    REGION,
     SCALED_MM,
     TRANSPOSE,
     Assignment,
@@ -30,6 +32,7 @@ from nvfp4c.dialect import (
     Stage,
 )
 from nvfp4c.errors import VerifyError
+from nvfp4c.passes.fuse import fuse
 from nvfp4c.recipe import RECIPES, Recipe
 from nvfp4c.verify import ALLOWED, verify
 
@@ -83,16 +86,6 @@ def insert_amax(graph: fx.Graph) -> fx.Node:
         found = graph.call_function(AMAX, (node.args[0],))
     found.meta["val"] = torch.empty(())
     return found
-
-
-def unfold(graph: fx.Graph) -> fx.Node:
-    """Put a transform back in front of what rotates by itself."""
-    node = next(found for found in calls(graph, AMAX) if len(found.args) == 2)
-    with graph.inserting_before(node):
-        rotated = graph.call_function(HADAMARD, node.args)
-    rotated.meta["val"] = node.args[0].meta["val"].bfloat16()
-    node.args = (rotated,)
-    return rotated
 
 
 def set_argument(target: Any, place: int, value: Any) -> Callable[[fx.Graph], fx.Node]:
@@ -221,6 +214,11 @@ def rotate_both_with(signs: list[int]) -> Callable[[fx.Graph], fx.Node]:
     return damage
 
 
+def fused(damage: Callable[[fx.Graph], fx.Node]) -> Callable[[fx.Graph], fx.Node]:
+    """Damage done after `fuse`, which is no pass of the joint graph."""
+    return lambda graph: damage(fuse(graph))
+
+
 def half(tensor: Tensor) -> Tensor:
     return tensor[: tensor.shape[0] // 2]
 
@@ -234,7 +232,14 @@ BROKEN = {
     "dialect after lowering": Broken(
         "place", lambda graph: calls(graph, AMAX)[0], "is not allowed at this stage", stage=Stage.LOWERED
     ),
-    "transform not folded": Broken("fuse", unfold, "should have been folded"),
+    "not fused": Broken(
+        "place", lambda graph: calls(graph, AMAX)[0], "is not allowed at this stage", stage=Stage.FUSED
+    ),
+    "fused too early": Broken("place", fused(lambda graph: calls(graph, REGION)[0]), "is not allowed at this stage"),
+    "wrong number of results of a region": Broken(
+        "place", fused(wrong_value(REGION, lambda tensors: tensors[:0])), "stored value", stage=Stage.FUSED
+    ),
+    "wrong shape of a product": Broken("place", fused(wrong_value(PRODUCT, half)), "stored value", stage=Stage.FUSED),
     "argument by name": Broken("insert_scaling", by_name, "takes rounding by name"),
     "matmul not classified": Broken("classify", drop(aten.mm.default, MATMUL), "without a site and role"),
     "matmul not classified, later": Broken("assign", drop(aten.addmm.default, MATMUL), "without a site and role"),
@@ -264,7 +269,7 @@ BROKEN = {
     "unknown rounding": Broken("insert_scaling", set_argument(QUANTIZE, 3, "up"), "with up rounding"),
     "no seed": Broken("insert_scaling", no_seed, "needs a seed"),
     "one stream twice": Broken("insert_scaling", same_stream, "draws the same random bits as %quantize_default"),
-    "amax of another tensor": Broken("fuse", amax_of_another, "is not the amax of what it quantises"),
+    "amax of another tensor": Broken("fold_hadamard", amax_of_another, "is not the amax of what it quantises"),
     "not along the contraction axis": Broken(
         "insert_scaling",
         set_argument(SCALED_MM, 6, 64),
@@ -276,13 +281,17 @@ BROKEN = {
     "codes of another operand": Broken(
         "insert_scaling", copy_argument(0, 3), "left codes and scales come from different"
     ),
-    "scales of another operand": Broken("fuse", copy_argument(4, 1), "right codes and scales come from different"),
+    "scales of another operand": Broken(
+        "fold_hadamard", copy_argument(4, 1), "right codes and scales come from different"
+    ),
     "amax of another operand": Broken("share", copy_argument(2, 5), "left operand was quantised with another amax"),
     "amax of another weight, turned": Broken(
         "share", lambda graph: turned_with_another_amax(graph), "right operand was quantised with another amax"
     ),
     "quantised otherwise than assigned": Broken("share", other_block, "assigned Quantization(block=(16, 16)"),
-    "product rotated on one side": Broken("fuse", lambda graph: signs_of(graph, ONES), "assigned Quantization"),
+    "product rotated on one side": Broken(
+        "fold_hadamard", lambda graph: signs_of(graph, ONES), "assigned Quantization"
+    ),
     "rows turned as tiles": Broken("share", turned_rows, "only 16x16 tiles, not rotated, can be turned"),
 }
 
@@ -312,18 +321,18 @@ def test_broken_graphs(name: str) -> None:
 
 def test_operands_of_a_product_without_an_assignment_agree() -> None:
     """Also where nothing is known of the decision, a rotation must cancel."""
-    graph = after("fuse")
+    graph = after("fold_hadamard")
     product = signs_of(graph, ONES)
     del product.meta[ASSIGNMENT]
     with pytest.raises(VerifyError, match=rf"%{product.name} .*does not cancel"):
-        verify(graph, Stage.FUSED)
+        verify(graph, Stage.SCALED)
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_what_the_pipeline_makes_is_legal(recipe: Recipe) -> None:
     """Every recipe, verified around every pass."""
     graph = after("place", recipe)
-    verify(graph, Stage.FUSED)
+    verify(fuse(graph), Stage.FUSED)
 
 
 def test_each_stage_has_a_rule() -> None:
@@ -337,7 +346,9 @@ def test_operands_from_another_graph() -> None:
         return nvfp4.scaled_mm(codes, scales, amax, *nvfp4.transpose(codes, scales, 32), amax, 32, None, torch.float32)
 
     codes, scales = nvfp4.quantize(torch.randn(32, 32), torch.tensor(4.0), [16, 16], "nearest")
-    verify(trace(backward, codes, scales, torch.tensor(4.0)), Stage.FUSED)
+    graph = trace(backward, codes, scales, torch.tensor(4.0))
+    verify(graph, Stage.SCALED)
+    verify(fuse(graph), Stage.FUSED)
 
 
 def test_real_values_are_not_derived_again() -> None:

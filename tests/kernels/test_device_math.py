@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,21 +12,36 @@ import triton.language as tl
 from torch import Tensor
 
 from nvfp4c import numerics, philox
-from nvfp4c.codegen import device_math
-from nvfp4c.formats import BLOCK, E2M1_MAX, E4M3_MAX
+from nvfp4c.codegen import device_math, operations
+from nvfp4c.formats import BLOCK, DEFAULT_SIGNS, E2M1_MAX, E4M3_MAX, FP32_MAX, ROW_BLOCK, signs_from_seed
 
 SIZE = 1024
 
-e4m3_byte = device_math.e4m3_byte
-e4m3_value = device_math.e4m3_value
+HAS_E4M3 = not operations.INTERPRETED and torch.cuda.get_device_capability() >= operations.E4M3_CAPABILITY
+NATIVE = [False, True] if HAS_E4M3 else [False]
+"""Whether E4M3 bytes are made by the chip's own conversion."""
+
+block_scale = device_math.block_scale
 e2m1_code = device_math.e2m1_code
+e2m1_rounded = device_math.e2m1_rounded
+e2m1_stochastic_code = device_math.e2m1_stochastic_code
+e2m1_stochastic_rounded = device_math.e2m1_stochastic_rounded
 e2m1_value = device_math.e2m1_value
-pack_words = device_math.pack_words
+e4m3_byte = device_math.e4m3_byte
+e4m3_byte_native = device_math.e4m3_byte_native
+e4m3_value = device_math.e4m3_value
+encode_scale = device_math.encode_scale
+float_bits = device_math.float_bits
+larger = device_math.larger
+load_blocks = device_math.load_blocks
+raise_amax = device_math.raise_amax
+random_byte = device_math.random_byte
 random_bytes = device_math.random_bytes
+random_words = device_math.random_words
+rotate = device_math.rotate
 round_bfloat16 = device_math.round_bfloat16
 to_bfloat16 = device_math.to_bfloat16
 to_float32 = device_math.to_float32
-unpack_words = device_math.unpack_words
 
 
 @triton.jit
@@ -34,9 +50,10 @@ def place_of(SIZE: tl.constexpr):
 
 
 @triton.jit
-def e4m3_byte_kernel(x, out, SIZE: tl.constexpr):
+def e4m3_byte_kernel(x, out, NATIVE: tl.constexpr, SIZE: tl.constexpr):
     place = place_of(SIZE)
-    tl.store(out + place, e4m3_byte(tl.load(x + place)))
+    found = tl.load(x + place)
+    tl.store(out + place, e4m3_byte_native(found) if NATIVE else e4m3_byte(found))
 
 
 @triton.jit
@@ -52,23 +69,29 @@ def e2m1_value_kernel(x, out, SIZE: tl.constexpr):
 
 
 @triton.jit
-def e2m1_nearest_kernel(x, out, SIZE: tl.constexpr):
+def nearest_kernel(x, code, value, SIZE: tl.constexpr):
     place = place_of(SIZE)
-    tl.store(out + place, e2m1_code(tl.load(x + place), None, False))
+    y = tl.load(x + place)
+    tl.store(code + place, e2m1_code(y))
+    tl.store(value + place, e2m1_rounded(y))
 
 
 @triton.jit
-def e2m1_stochastic_kernel(x, random, out, SIZE: tl.constexpr):
+def stochastic_kernel(x, random, code, value, SIZE: tl.constexpr):
     place = place_of(SIZE)
-    tl.store(out + place, e2m1_code(tl.load(x + place), tl.load(random + place), True))
+    y = tl.load(x + place)
+    octet = tl.load(random + place)
+    tl.store(code + place, e2m1_stochastic_code(y, octet))
+    tl.store(value + place, e2m1_stochastic_rounded(y, octet))
 
 
 @triton.jit
-def round_bfloat16_kernel(x, rounded, narrow, SIZE: tl.constexpr):
+def round_bfloat16_kernel(x, y, rounded, other, narrow, SIZE: tl.constexpr):
     place = place_of(SIZE)
-    value = round_bfloat16(tl.load(x + place))
-    tl.store(rounded + place, value)
-    tl.store(narrow + place, to_bfloat16(value))
+    first, second = round_bfloat16(tl.load(x + place), tl.load(y + place))
+    tl.store(rounded + place, first)
+    tl.store(other + place, second)
+    tl.store(narrow + place, to_bfloat16(first))
 
 
 @triton.jit
@@ -78,11 +101,43 @@ def to_float32_kernel(x, out, SIZE: tl.constexpr):
 
 
 @triton.jit
-def pack_words_kernel(codes, words, back, SIZE: tl.constexpr):
+def larger_kernel(x, y, out, SIZE: tl.constexpr):
+    place = place_of(SIZE)
+    tl.store(out + place, larger(tl.load(x + place), tl.load(y + place)))
+
+
+@triton.jit
+def encode_scale_kernel(x, out, SIZE: tl.constexpr):
+    place = place_of(SIZE)
+    tl.store(out + place, encode_scale(tl.load(x + place)))
+
+
+@triton.jit
+def block_scale_kernel(x, encode, byte, multiplier, NATIVE: tl.constexpr, SIZE: tl.constexpr):
+    place = place_of(SIZE)
+    found, factor = block_scale(tl.load(x + place), tl.load(encode + place), NATIVE)
+    tl.store(byte + place, found)
+    tl.store(multiplier + place, factor)
+
+
+@triton.jit
+def rotate_kernel(x, out, SIGNS: tl.constexpr, SIZE: tl.constexpr):
     place = (place_of(SIZE // 16) * 16)[:, None, None] + tl.arange(0, 16)[None, None, :]
-    packed = pack_words(tl.load(codes + place))
-    tl.store(words + (place_of(SIZE // 16) * 2)[:, None, None] + tl.arange(0, 2)[None, None, :], packed)
-    tl.store(back + place, unpack_words(packed) & 15)
+    tl.store(out + place, rotate(tl.load(x + place), SIGNS))
+
+
+@triton.jit
+def raise_amax_kernel(x, amax, SIZE: tl.constexpr):
+    raise_amax(amax, float_bits(tl.load(x + place_of(SIZE))))
+
+
+@triton.jit
+def load_blocks_kernel(x, out, rows, columns, row_stride, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    row = tl.arange(0, 8)[:, None]
+    block = tl.arange(0, 4)[None, :]
+    values = load_blocks(x, row, block, rows, columns, row_stride, 0, 16, WIDTH, EVEN)
+    place = (row * 64)[:, :, None] + 16 * block[:, :, None] + tl.arange(0, 16)[None, None, :]
+    tl.store(out + place, values)
 
 
 @triton.jit
@@ -92,14 +147,31 @@ def random_bytes_kernel(seed, block, stream, out, SIZE: tl.constexpr):
     tl.store(out + (place * 16)[:, None, None] + tl.arange(0, 16)[None, None, :], octets)
 
 
-def apply(kernel: Any, device: torch.device, *inputs: Tensor, out: torch.dtype) -> Tensor:
-    """An elementwise kernel's result for equally long inputs, on the CPU."""
+@triton.jit
+def random_byte_kernel(seed, block, stream, out, SIZE: tl.constexpr):
+    place = place_of(SIZE // 16)
+    words = random_words(tl.load(seed), tl.load(block + place), stream)
+    for word in tl.static_range(4):
+        for index in tl.static_range(4):
+            tl.store(out + place * 16 + 4 * word + index, random_byte(words[word], index))
+
+
+def apply_all(
+    kernel: Any, device: torch.device, *inputs: Tensor, out: Sequence[torch.dtype], **given: Any
+) -> list[Tensor]:
+    """An elementwise kernel's results for equally long inputs, on the CPU."""
     count = inputs[0].numel()
     missing = -count % SIZE
-    padded = [torch.nn.functional.pad(given, (0, missing)).to(device) for given in inputs]
-    result = torch.empty(count + missing, dtype=out, device=device)
-    kernel[((count + missing) // SIZE,)](*padded, result, SIZE=SIZE, enable_fp_fusion=False)
-    return result[:count].cpu()
+    padded = [torch.nn.functional.pad(x, (0, missing)).to(device) for x in inputs]
+    results = [torch.empty(count + missing, dtype=dtype, device=device) for dtype in out]
+    kernel[((count + missing) // SIZE,)](*padded, *results, **given, SIZE=SIZE, enable_fp_fusion=False)
+    return [result[:count].cpu() for result in results]
+
+
+def apply(kernel: Any, device: torch.device, *inputs: Tensor, out: torch.dtype, **given: Any) -> Tensor:
+    """The same for a kernel with one result."""
+    (result,) = apply_all(kernel, device, *inputs, out=[out], **given)
+    return result
 
 
 def same(found: Tensor, expected: Tensor) -> bool:
@@ -119,21 +191,23 @@ def around(x: Tensor) -> Tensor:
     return torch.cat([down, x, up])
 
 
-def test_e4m3_byte_agrees_on_both_sides_of_every_midpoint(device: torch.device) -> None:
+@pytest.mark.parametrize("native", NATIVE)
+def test_e4m3_byte_agrees_on_both_sides_of_every_midpoint(device: torch.device, native: bool) -> None:
     """Rounding is monotonic and constant between midpoints, so these inputs stand for all in [0, 448]."""
     values = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     edges = around(torch.cat([values, (values[1:] + values[:-1]) / 2]))
     tiny = torch.tensor([0.0, 1e-45, 1e-40, 2.0**-126, 2.0**-30, torch.nan])
     x = torch.cat([edges[(edges >= 0) & (edges <= E4M3_MAX)], tiny])
     expected = torch.where(x.isnan(), 0x7F, x.to(torch.float8_e4m3fn).view(torch.uint8).int())
-    assert torch.equal(apply(e4m3_byte_kernel, device, x, out=torch.int32), expected)
+    assert torch.equal(apply(e4m3_byte_kernel, device, x, out=torch.int32, NATIVE=native), expected)
 
 
-def test_e4m3_byte_agrees_on_every_bfloat16(device: torch.device) -> None:
+@pytest.mark.parametrize("native", NATIVE)
+def test_e4m3_byte_agrees_on_every_bfloat16(device: torch.device, native: bool) -> None:
     x = every_bfloat16().float()
     x = x[~x.signbit() & (x <= E4M3_MAX)]
     expected = x.to(torch.float8_e4m3fn).view(torch.uint8).int()
-    assert torch.equal(apply(e4m3_byte_kernel, device, x, out=torch.int32), expected)
+    assert torch.equal(apply(e4m3_byte_kernel, device, x, out=torch.int32, NATIVE=native), expected)
 
 
 def test_e4m3_value_agrees_on_every_byte(device: torch.device) -> None:
@@ -152,45 +226,64 @@ def clamped(x: Tensor) -> Tensor:
     return torch.clamp(x, -E2M1_MAX, E2M1_MAX)
 
 
-def test_nearest_codes_agree_on_every_bfloat16_and_around_every_tie(device: torch.device) -> None:
+def check_nearest(device: torch.device, x: Tensor) -> None:
+    codes, values = apply_all(nearest_kernel, device, x, out=[torch.int32, torch.float32])
+    expected = numerics.encode_e2m1(clamped(x))
+    assert torch.equal(codes, expected.int())
+    # A zero may have lost its sign; what NaN becomes does not matter, for its scale is NaN.
+    number = ~x.isnan()
+    assert torch.equal(values[number], numerics.decode_e2m1(expected)[number])
+
+
+def test_nearest_agrees_on_every_bfloat16_and_around_every_tie(device: torch.device) -> None:
     ties = torch.arange(0, 6.5, 0.25)
-    x = torch.cat([every_bfloat16().float(), around(torch.cat([ties, -ties])), torch.tensor([1e-45, -1e-45])])
-    expected = numerics.encode_e2m1(clamped(x)).int()
-    assert torch.equal(apply(e2m1_nearest_kernel, device, x, out=torch.int32), expected)
+    tiny = torch.tensor([1e-45, -1e-45, 1e-30, -1e-38])
+    check_nearest(device, torch.cat([every_bfloat16().float(), around(torch.cat([ties, -ties])), tiny]))
+
+
+def check_stochastic(device: torch.device, x: Tensor, octets: Tensor) -> None:
+    codes, values = apply_all(stochastic_kernel, device, x, octets.int(), out=[torch.int32, torch.float32])
+    expected = numerics.encode_e2m1(clamped(x), octets)
+    assert torch.equal(codes, expected.int())
+    number = ~x.isnan()
+    assert torch.equal(values[number], numerics.decode_e2m1(expected)[number])
 
 
 @pytest.mark.parametrize("low, high", [(0.0, 0.5), (0.5, 1.0), (1.5, 2.0), (2.0, 3.0), (3.0, 4.0), (4.0, 6.0)])
-def test_stochastic_codes_agree_around_the_threshold_of_every_byte(
-    device: torch.device, low: float, high: float
-) -> None:
+def test_stochastic_agrees_around_the_threshold_of_every_byte(device: torch.device, low: float, high: float) -> None:
+    """Next to a threshold in steps of a float32, and in steps of 2^-23, to which numbers below 1 are rounded first."""
     random = torch.arange(256)
     edges = low + (high - low) * (random + 0.5) / 256
-    x = around(torch.cat([edges, -edges, torch.full_like(edges, low), torch.full_like(edges, high)]))
-    octets = random.to(torch.uint8).repeat(x.numel() // 256)
-    expected = numerics.encode_e2m1(clamped(x), octets).int()
-    found = apply(e2m1_stochastic_kernel, device, x, octets.int(), out=torch.int32)
-    assert torch.equal(found, expected)
+    steps = torch.cat([edges + step * 2.0**-25 for step in range(-9, 10)])
+    x = torch.cat(
+        [steps, around(torch.cat([edges, -edges, torch.full_like(edges, low), torch.full_like(edges, high)]))]
+    )
+    check_stochastic(device, x, random.to(torch.uint8).repeat(x.numel() // 256))
 
 
-def test_stochastic_codes_agree_on_special_values(device: torch.device) -> None:
+def test_stochastic_agrees_on_random_numbers(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20 * SIZE, generator=generator) * torch.logspace(-8, 1, 20 * SIZE, base=2)
+    check_stochastic(device, x, torch.randint(0, 256, x.shape, generator=generator).to(torch.uint8))
+
+
+def test_stochastic_agrees_on_special_values(device: torch.device) -> None:
     values = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-20, 6.0, -6.0, 1e30, torch.inf, -torch.inf, torch.nan])
     x = values.repeat_interleave(256)
-    octets = torch.arange(256).to(torch.uint8).repeat(values.numel())
-    expected = numerics.encode_e2m1(clamped(x), octets).int()
-    found = apply(e2m1_stochastic_kernel, device, x, octets.int(), out=torch.int32)
-    assert torch.equal(found, expected)
+    check_stochastic(device, x, torch.arange(256).to(torch.uint8).repeat(values.numel()))
 
 
 @pytest.mark.parametrize("below", [0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
 def test_round_bfloat16_agrees_for_every_upper_half(device: torch.device, below: int) -> None:
-    """below: the lower half of the float32, on, next to and far from the tie."""
+    """below: the lower half of the float32, on, next to and far from the tie. The two results do not mix."""
     bits = (torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32) << 16) | below
-    x = bits.view(torch.float32).to(device)
-    rounded, narrow = torch.empty_like(x), torch.empty_like(x, dtype=torch.bfloat16)
-    round_bfloat16_kernel[(x.numel() // SIZE,)](x, rounded, narrow, SIZE=SIZE, enable_fp_fusion=False)
-    expected = x.cpu().to(torch.bfloat16)
-    assert same(narrow.cpu(), expected)
-    assert same(rounded.cpu(), expected.float())
+    x = bits.view(torch.float32)
+    y = x.flip(0).contiguous()
+    outputs = [torch.float32, torch.float32, torch.bfloat16]
+    first, second, narrow = apply_all(round_bfloat16_kernel, device, x, y, out=outputs)
+    assert same(first, x.bfloat16().float())
+    assert same(second, y.bfloat16().float())
+    assert same(narrow, x.bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -199,24 +292,78 @@ def test_to_float32_agrees_on_every_value(device: torch.device, dtype: torch.dty
     assert same(apply(to_float32_kernel, device, x, out=torch.float32), x.float())
 
 
-def test_words_are_the_packed_bytes(device: torch.device) -> None:
-    codes = torch.randint(0, 16, (2 * SIZE,), dtype=torch.int32, device=device)
-    words = torch.empty(codes.numel() // 8, dtype=torch.int32, device=device)
-    back = torch.empty_like(codes)
-    pack_words_kernel[(2,)](codes, words, back, SIZE=SIZE)
-    assert torch.equal(words.view(torch.uint8), numerics.pack(codes.to(torch.uint8)))
-    assert torch.equal(back, codes)
+def test_the_larger_of_two_is_nan_if_one_is(device: torch.device) -> None:
+    values = torch.tensor([0.0, 1.0, 2.0**-149, 3e38, torch.inf, torch.nan])
+    x, y = values.repeat(values.numel()), values.repeat_interleave(values.numel())
+    assert same(apply(larger_kernel, device, x, y, out=torch.float32), torch.maximum(x, y))
 
 
+MAGNITUDES = torch.cat([torch.tensor([0.0, torch.inf, torch.nan, 3.4e38]), 2.0 ** torch.arange(-149.0, 128.0, 0.5)])
+"""Every binade of float32, subnormals too."""
+
+
+def test_encode_scale_agrees(device: torch.device) -> None:
+    found = apply(encode_scale_kernel, device, MAGNITUDES, out=torch.float32)
+    assert same(found, numerics.encode_scale(MAGNITUDES))
+
+
+@pytest.mark.parametrize("native", NATIVE)
+@pytest.mark.parametrize("amax", [0.0, 1e-45, 1e-40, 1e-36, 0.37, 1.0, 1e5, 3.4e38, torch.nan])
+def test_block_scale_agrees(device: torch.device, amax: float, native: bool) -> None:
+    """For blocks of any magnitude: one of 16 equal elements has their scale and multiplier."""
+    encode = numerics.encode_scale(torch.tensor(amax)).expand(MAGNITUDES.shape).contiguous()
+    found = apply_all(block_scale_kernel, device, MAGNITUDES, encode, out=[torch.int32, torch.float32], NATIVE=native)
+    blocks = MAGNITUDES[:, None].expand(-1, BLOCK)
+    _, scales = numerics.block_codes(blocks, torch.tensor(amax), ROW_BLOCK)
+    assert torch.equal(found[0], scales.view(torch.uint8)[:, 0].int())
+    values = torch.reciprocal(scales.float() * torch.reciprocal(numerics.encode_scale(torch.tensor(amax))))
+    assert same(found[1], torch.clamp(values[:, 0], max=FP32_MAX))
+
+
+@pytest.mark.parametrize("signs", [DEFAULT_SIGNS, signs_from_seed(5)])
+def test_rotation_agrees(device: torch.device, signs: tuple[int, ...]) -> None:
+    """Over so wide a range that another order of summation would be seen."""
+    x = (
+        torch.randn(2 * SIZE, generator=torch.Generator().manual_seed(1))
+        * torch.logspace(-12, 12, 37, base=2).repeat(56)[: 2 * SIZE]
+    )
+    negative = sum(1 << place for place, sign in enumerate(signs) if sign < 0)
+    found = apply(rotate_kernel, device, x, out=torch.float32, SIGNS=negative)
+    assert same(found, numerics.rotate(x.reshape(-1, BLOCK), signs).float().flatten())
+
+
+@pytest.mark.parametrize("special", [1.0, 3e38, torch.inf, torch.nan])
+def test_the_amax_of_several_programs(device: torch.device, special: float) -> None:
+    x = torch.rand(5 * SIZE, generator=torch.Generator().manual_seed(2))
+    x[2345] = special
+    amax = torch.zeros((), device=device)
+    raise_amax_kernel[(5,)](x.to(device), amax, SIZE=SIZE)
+    assert same(amax.cpu(), x.amax())
+
+
+@pytest.mark.parametrize("width", [4, 8, 16])
+@pytest.mark.parametrize("rows, columns", [(8, 64), (5, 39), (1, 1)])
+def test_blocks_are_loaded_whatever_the_width(device: torch.device, width: int, rows: int, columns: int) -> None:
+    """And nothing beyond rows and columns is read. A tile that lies wholly within needs no mask."""
+    x = torch.full((8, 70), torch.nan)
+    x[:rows, :columns] = torch.randn(rows, columns, generator=torch.Generator().manual_seed(3))
+    out = torch.empty(8, 64, device=device)
+    load_blocks_kernel[(1,)](x.to(device), out, rows, columns, 70, WIDTH=width, EVEN=(rows, columns) == (8, 64))
+    expected = torch.zeros(8, 64)
+    expected[:rows, :columns] = x[:rows, :columns]
+    assert same(out.cpu(), expected)
+
+
+@pytest.mark.parametrize("kernel", [random_bytes_kernel, random_byte_kernel], ids=["a block", "one by one"])
 @pytest.mark.parametrize("seed", [0, 1, -1, 0x123456789ABCDEF, -(1 << 63), 1 << 32])
 @pytest.mark.parametrize("stream", [0, 7, 1 << 20])
-def test_random_bytes_are_those_of_the_reference(device: torch.device, seed: int, stream: int) -> None:
+def test_random_bytes_are_those_of_the_reference(device: torch.device, seed: int, stream: int, kernel: Any) -> None:
     """Block numbers on both sides of 32 bits, and far above."""
     count = SIZE // BLOCK
     block = torch.cat([torch.arange(start, start + count // 2) for start in ((1 << 32) - 9, 1 << 40)])
     out = torch.empty(count, BLOCK, dtype=torch.uint8, device=device)
     key = torch.tensor(seed, dtype=torch.int64)
-    random_bytes_kernel[(1,)](key.to(device), block.to(device), stream, out, SIZE=SIZE)
+    kernel[(1,)](key.to(device), block.to(device), stream, out, SIZE=SIZE)
     zero = torch.zeros_like(block)
     words = torch.stack(philox.philox(key, (block & philox.MASK, block >> 32, zero + stream, zero)), dim=-1)
     expected = (words.unsqueeze(-1) >> torch.arange(0, 32, 8)) & 0xFF

@@ -1,8 +1,8 @@
-"""The `nvfp4_triton::` operations against the dialect's on the CPU, bit for bit, the same seeds included."""
+"""Emitted regions, `nvfp4_triton::dequantize` and `product` against the references on the CPU, bit for bit."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
 
 import pytest
 import torch
@@ -13,32 +13,34 @@ from torch.library import opcheck
 
 from nvfp4c import dialect
 from nvfp4c.codegen import operations
-from nvfp4c.formats import DEFAULT_SIGNS, QUANTIZABLE_DTYPES, ROW_BLOCK, TILE_BLOCK, padded, signs_from_seed
+from nvfp4c.codegen.emit import Tile
+from nvfp4c.formats import DEFAULT_SIGNS, QUANTIZABLE_DTYPES, ROW_BLOCK, TILE_BLOCK, signs_from_seed
+from nvfp4c.region import Axis, Form, Output, Region, evaluate
 
 LAYOUTS = ("rows", "columns", "strided", "repeated")
 SPECIAL_VALUES = (0.0, -0.0, 1e-45, -3e-42, 2.0**-126, 6e4, -6e4, 3e38, torch.nan, torch.inf, -torch.inf)
+SMALL = Tile(groups=1, columns=32, warps=4)
+WIDE = Tile(groups=2, columns=64, warps=4)
 
-
-@dataclass(frozen=True)
-class How:
-    """The arguments of `quantize` after x and amax."""
-
-    block: tuple[int, int]
-    rounding: str
-    signs: tuple[int, ...] | None = None
-    seed: int = 0
-    stream: int = 0
-
-
-HOWS = [
-    How(block, rounding, signs, seed=-5, stream=3)
-    for block, signs in ((ROW_BLOCK, DEFAULT_SIGNS), (TILE_BLOCK, None))
-    for rounding in ("nearest", "stochastic")
-]
-SHAPES = [(2, 70, 260)]
-"""Several programs along batch, rows and columns, the last of each partly empty, whichever tile is used."""
-if not operations.INTERPRETED:
-    SHAPES += [(2048, 4096), (4095, 1000), (1, 8192), (40, 100, 520)]
+ROWS = (
+    Output(Form.AMAX),
+    Output(Form.OPERAND),
+    Output(Form.PACKED, rounding="stochastic", stream=7, amax=1),
+    Output(Form.OPERAND, block=TILE_BLOCK),
+    Output(Form.PACKED, block=TILE_BLOCK),
+    Output(Form.AMAX, signs=DEFAULT_SIGNS),
+    Output(Form.ROTATED, signs=DEFAULT_SIGNS),
+    Output(Form.OPERAND, rounding="stochastic", signs=DEFAULT_SIGNS, stream=1),
+    Output(Form.PACKED, block=TILE_BLOCK, rounding="stochastic", signs=signs_from_seed(1), stream=2),
+)
+COLUMNS = tuple(Output(**{**vars(output), "axis": Axis.COLUMNS}) for output in ROWS)
+TRAINING = (
+    Output(Form.OPERAND),
+    Output(Form.PACKED, Axis.COLUMNS, signs=DEFAULT_SIGNS, amax=1),
+    Output(Form.OPERAND, Axis.COLUMNS, rounding="stochastic", signs=DEFAULT_SIGNS, amax=1, stream=3),
+)
+REGIONS = {"rows": Region(ROWS), "columns": Region(COLUMNS), "training": Region(TRAINING)}
+EVERY_REGION = pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS)
 
 
 def laid_out(x: Tensor, layout: str, device: torch.device) -> Tensor:
@@ -57,38 +59,54 @@ def laid_out(x: Tensor, layout: str, device: torch.device) -> Tensor:
 def bits(x: Tensor) -> Tensor:
     """x's bits on the CPU, with one NaN for all: which NaN an operation makes is up to the processor."""
     x = x.cpu()
+    if x.dtype in (torch.uint8, torch.float8_e4m3fn):
+        return x.view(torch.uint8)
     x = torch.where(x.isnan(), torch.nan, x)
     return x.view({2: torch.int16, 4: torch.int32}[x.element_size()])
 
 
-def agree(x: Tensor, how: How, amax: Tensor | None = None) -> None:
-    """Every operation on x, wherever it lies, gives what the reference gives on the CPU. amax: x's own if None."""
+def same(output: Output, found: Tensor, expected: Tensor) -> bool:
+    """Whether a tensor of an output is the reference's, and contiguous. A zero of an operand may lack its sign."""
+    if output.form is Form.OPERAND:
+        found, expected = found + 0.0, expected + 0.0
+    return found.is_contiguous() and torch.equal(bits(found), bits(expected))
+
+
+def launch(
+    region: Region, x: Tensor, amaxes: list[Tensor], seed: Tensor | None, tile: Tile | None, steps: int | None
+) -> list[Tensor]:
+    prepared = operations.prepare(region, tuple(x.shape), x.stride(), x.dtype, x.device, tile, steps)
+    return operations.run(prepared, x, amaxes, seed)
+
+
+def agree(
+    region: Region,
+    x: Tensor,
+    amaxes: list[Tensor] | None = None,
+    seed: int = -5,
+    tile: Tile | None = SMALL,
+    steps: int | None = 1,
+) -> None:
+    """A region on x, wherever it lies, gives what the reference gives on the CPU. amaxes: x's own if None.
+
+    tile, steps: what a program handles; None for what the operation chooses.
+    """
     here = x.cpu()
-    found_amax = operations.AMAX(x, how.signs)
-    assert torch.equal(bits(found_amax), bits(dialect.amax(here, how.signs)))
-    used = (found_amax if amax is None else amax).cpu()
-    seed = torch.tensor(how.seed, dtype=torch.int64)
-
-    codes, scales = operations.QUANTIZE(
-        x, used.to(x.device), how.block, how.rounding, how.signs, seed.to(x.device), how.stream
-    )
-    expected = dialect.quantize(here, used, how.block, how.rounding, how.signs, seed, how.stream)
-    assert torch.equal(scales.view(torch.uint8).cpu(), expected[1].view(torch.uint8))
-    assert torch.equal(codes.cpu(), expected[0])
-    assert codes.is_contiguous() and scales.is_contiguous()
-
-    k = x.shape[-1]
-    values = operations.DEQUANTIZE(codes, scales, k)
-    assert torch.equal(bits(values), bits(dialect.dequantize(*expected, None, k, torch.bfloat16)))
-    if how.signs is not None:
-        assert torch.equal(bits(operations.HADAMARD(x, how.signs)), bits(dialect.hadamard(here, how.signs)))
+    used = amaxes or [dialect.amax(here), dialect.amax(here.mT, DEFAULT_SIGNS)]
+    key = torch.tensor(seed, dtype=torch.int64)
+    found = iter(launch(region, x, [amax.to(x.device) for amax in used], key.to(x.device), tile, steps))
+    expected = iter(evaluate(region, here, used, key))
+    for output in region.outputs:
+        for _ in range(output.tensors):
+            assert same(output, next(found), next(expected)), output
+    assert next(found, None) is None
 
 
 @st.composite
 def inputs(draw: st.DrawFn) -> tuple[Tensor, str]:
     """Matrices or batches of them with sizes around one tile, any magnitude, outliers and special values."""
-    batch = draw(st.sampled_from([(), (1,), (3,)]))
-    shape = (*batch, draw(st.integers(1, 70)), draw(st.integers(1, 50)))
+    batch = draw(st.sampled_from([(), (), (1,), (2,)]))
+    shape = (*batch, draw(st.integers(1, 40)), draw(st.integers(1, 70)))
     values = torch.randn(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 1 << 20))))
     # float16's range, float32's beyond it, and numbers so small that the scale factors are subnormal.
     values *= 2.0 ** draw(st.sampled_from([-140, -126, -120, -60, -14, -6, 0, 0, 0, 3, 15, 60, 124]))
@@ -100,79 +118,173 @@ def inputs(draw: st.DrawFn) -> tuple[Tensor, str]:
     return values.to(draw(st.sampled_from(QUANTIZABLE_DTYPES))), draw(st.sampled_from(LAYOUTS))
 
 
-hows = st.builds(
-    How,
-    block=st.sampled_from([ROW_BLOCK, TILE_BLOCK]),
-    rounding=st.sampled_from(["nearest", "stochastic"]),
-    signs=st.none() | st.just(DEFAULT_SIGNS) | st.integers(0, 99).map(signs_from_seed),
-    seed=st.integers(-(1 << 63), (1 << 63) - 1),
-    stream=st.integers(0, 40),
+ANY_SIGNS = st.just(DEFAULT_SIGNS) | st.integers(0, 99).map(signs_from_seed)
+OUTPUTS = st.one_of(
+    st.builds(Output, st.just(Form.AMAX), st.sampled_from(Axis), signs=st.none() | ANY_SIGNS),
+    st.builds(Output, st.just(Form.ROTATED), st.sampled_from(Axis), signs=ANY_SIGNS),
+    st.builds(
+        Output,
+        st.sampled_from([Form.PACKED, Form.OPERAND]),
+        st.sampled_from(Axis),
+        st.sampled_from([ROW_BLOCK, TILE_BLOCK]),
+        st.sampled_from(["nearest", "stochastic"]),
+        st.none() | ANY_SIGNS,
+        st.integers(0, 1),
+        st.integers(0, 40),
+    ),
 )
 
 
-@settings(max_examples=40)
-@given(inputs(), hows)
-def test_operations_agree_with_the_reference(device: torch.device, given_x: tuple[Tensor, str], how: How) -> None:
+@settings(max_examples=30 if operations.INTERPRETED else 200)
+@given(
+    inputs(),
+    st.lists(OUTPUTS, min_size=1, max_size=4),
+    st.integers(-(1 << 63), (1 << 63) - 1),
+    st.sampled_from([SMALL, WIDE]),
+    st.integers(1, 3),
+)
+def test_any_region_agrees_with_the_reference(
+    device: torch.device, given_x: tuple[Tensor, str], outputs: list[Output], seed: int, tile: Tile, steps: int
+) -> None:
     x, layout = given_x
-    agree(laid_out(x, layout, device), how)
+    agree(Region(tuple(outputs)), laid_out(x, layout, device), seed=seed, tile=tile, steps=steps)
 
 
-@pytest.mark.parametrize("how", HOWS)
+@EVERY_REGION
+def test_every_output_at_once(device: torch.device, region: Region) -> None:
+    """On sizes that are no multiples of anything."""
+    x = torch.randn(2, 37, 70, generator=torch.Generator().manual_seed(1)).bfloat16()
+    agree(region, x.to(device), tile=WIDE)
+
+
+@EVERY_REGION
+@pytest.mark.parametrize("steps", [1, 2])
+def test_tiles_that_fit(device: torch.device, region: Region, steps: int) -> None:
+    """Then nothing is masked."""
+    x = torch.randn(32 * steps, 128, generator=torch.Generator().manual_seed(2)).bfloat16()
+    agree(region, x.to(device), tile=WIDE, steps=steps)
+
+
 @pytest.mark.parametrize("amax", [0.0, 1e-45, 1e-38, 1.0, 1e30, 3.4e38, torch.inf, torch.nan])
-def test_they_agree_when_another_tensor_gave_the_amax(device: torch.device, amax: float, how: How) -> None:
+def test_they_agree_when_another_tensor_gave_the_amax(device: torch.device, amax: float) -> None:
     """So a block may be larger than the amax, scales may all be 0, or NaN by the amax alone."""
     x = torch.randn(17, 20, generator=torch.Generator().manual_seed(4))
-    agree(x.to(device), how, torch.tensor(amax))
-
-
-@pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize("layout", ["rows", "columns"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_several_programs(device: torch.device, shape: tuple[int, ...], layout: str, how: How) -> None:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    agree(laid_out(x.bfloat16(), layout, device), how)
+    both = [output for output in (*ROWS, *COLUMNS) if output.quantised]
+    agree(Region(tuple(both[::3])), x.to(device), [torch.tensor(amax), torch.tensor(0.5)])
 
 
 @pytest.mark.skipif(operations.INTERPRETED, reason="too large for the interpreter")
+@EVERY_REGION
 @pytest.mark.parametrize("layout", ["rows", "columns"])
-def test_more_elements_than_an_int32_counts(device: torch.device, layout: str) -> None:
+@pytest.mark.parametrize("shape", [(2048, 4096), (4095, 1000), (1, 8192), (40, 100, 520)])
+def test_as_the_operation_chooses(device: torch.device, shape: tuple[int, ...], layout: str, region: Region) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    agree(region, laid_out(x, layout, device), tile=None, steps=None)
+
+
+@pytest.mark.skipif(operations.INTERPRETED, reason="too large for the interpreter")
+@pytest.mark.parametrize("axis", list(Axis))
+def test_more_elements_than_an_int32_counts(device: torch.device, axis: Axis) -> None:
     """The last rows of 2^31 elements and more, where offsets of 32 bits would have wrapped."""
     x = torch.randn((1 << 16) + 48, 1 << 15, dtype=torch.bfloat16, device=device)
-    x = x if layout == "rows" else x.t()
-    amax = operations.AMAX(x)
-    codes, scales = operations.QUANTIZE(x, amax, TILE_BLOCK, "nearest")
-    last = x[-64:].cpu()
-    expected = dialect.quantize(last, amax.cpu(), TILE_BLOCK, "nearest")
-    assert torch.equal(codes[-64:].cpu(), expected[0])
-    assert torch.equal(scales[-64:].view(torch.uint8).cpu(), expected[1].view(torch.uint8))
-    values = operations.DEQUANTIZE(codes, scales, x.shape[1])[-64:]
-    assert torch.equal(bits(values), bits(dialect.dequantize(*expected, None, x.shape[1], torch.bfloat16)))
-
-
-@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4, 5)])
-def test_amax_of_tensors_of_other_ranks(device: torch.device, shape: tuple[int, ...]) -> None:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(5))
-    turned = x.to(device).permute(list(reversed(range(x.dim()))))
-    assert torch.equal(bits(operations.AMAX(turned)), bits(dialect.AMAX(x)))
-
-
-@pytest.mark.parametrize("shape", [(0, 32), (5, 0), (0, 3, 16), (2, 0, 17)])
-def test_empty_tensors(device: torch.device, shape: tuple[int, ...]) -> None:
-    x = torch.empty(shape, device=device)
-    amax = operations.AMAX(x, DEFAULT_SIGNS)
-    assert amax.item() == 0
-    codes, scales = operations.QUANTIZE(x, amax, ROW_BLOCK, "nearest")
-    columns = padded(shape[-1])
-    assert codes.shape == (*shape[:-1], columns // 2) and scales.shape == (*shape[:-1], columns // 16)
-    assert operations.DEQUANTIZE(codes, scales, shape[-1]).shape == shape
-    assert operations.HADAMARD(x, DEFAULT_SIGNS).shape == (*shape[:-1], columns)
+    region = Region(
+        (
+            Output(Form.AMAX),
+            Output(Form.PACKED, axis, TILE_BLOCK),
+            Output(Form.OPERAND, axis),
+            Output(Form.PACKED, axis),
+        )
+    )
+    amax = torch.tensor(5.0)
+    found = operations.REGION(x, [amax.to(device)], None, region.to_json())
+    assert torch.equal(found[0], x.abs().amax().float())
+    last = [tensor[-(64 * tensor.shape[0] // x.shape[0]) :] for tensor in found[1:]]
+    expected = evaluate(region, x[-64:].cpu(), [amax], None)[1:]
+    outputs = [output for output in region.outputs[1:] for _ in range(output.tensors)]
+    for output, one, other in zip(outputs, last, expected, strict=True):
+        assert same(output, one, other), output
+    down = axis is Axis.COLUMNS
+    k = x.shape[0] if down else x.shape[1]
+    values = operations.DEQUANTIZE(found[4], found[5], k, down)
+    assert torch.equal(values[-64:] + 0.0, found[3][-64:] + 0.0)
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4, 33), (2, 3, 4, 17), (2, 0, 3, 4)])
-def test_amax_of_any_shape(device: torch.device, shape: tuple[int, ...]) -> None:
+def test_the_plain_amax_of_any_shape(device: torch.device, shape: tuple[int, ...]) -> None:
+    """In whichever order its elements lie."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    region = Region((Output(Form.AMAX),)).to_json()
     for turned in (x, x.permute(tuple(reversed(range(x.dim())))), x.mT if x.dim() > 1 else x):
-        assert torch.equal(operations.AMAX(turned).cpu(), dialect.AMAX(x.cpu()))
+        (found,) = operations.REGION(turned, [], None, region)
+        assert torch.equal(found.cpu(), dialect.AMAX(x.cpu()))
+
+
+@EVERY_REGION
+@pytest.mark.parametrize("shape", [(0, 32), (5, 0), (0, 3, 16), (2, 0, 17)])
+def test_empty_tensors(device: torch.device, shape: tuple[int, ...], region: Region) -> None:
+    x = torch.empty(shape)
+    amaxes = [torch.zeros(()), torch.zeros(())]
+    arguments = (amaxes, torch.tensor(1), region.to_json())
+    found = operations.REGION(
+        x.to(device), [amax.to(device) for amax in amaxes], torch.tensor(1).to(device), arguments[2]
+    )
+    expected = dialect.REGION(x, *arguments)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        assert one.numel() == 0 or torch.equal(bits(one), bits(other))
+
+
+def test_the_same_call_gives_the_same_bits(device: torch.device) -> None:
+    x = torch.randn(40, 70, generator=torch.Generator().manual_seed(5)).to(device)
+    amaxes, seed = [torch.tensor(4.0, device=device)] * 2, torch.tensor(9, device=device)
+    first, second = (launch(REGIONS["training"], x, amaxes, seed, WIDE, 1) for _ in range(2))
+    assert all(torch.equal(bits(one), bits(other)) for one, other in zip(first, second, strict=True))
+
+
+def test_regions_that_differ_in_streams_share_a_kernel(device: torch.device) -> None:
+    one, other = (Region((Output(Form.PACKED, rounding="stochastic", stream=stream),)) for stream in (1, 2))
+    assert operations.emitted(one) is operations.emitted(other)
+    x = torch.randn(32, 32, generator=torch.Generator().manual_seed(6)).to(device)
+    for region in (one, other):
+        agree(region, x)
+
+
+# ---- dequantize
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("down", [False, True])
+@pytest.mark.parametrize("shape", [(70, 53), (2, 33, 150), (1, 1), (3, 16, 32)])
+def test_dequantize(device: torch.device, shape: tuple[int, ...], down: bool, rotated: bool) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).bfloat16()
+    source = x.mT if down else x
+    signs = list(DEFAULT_SIGNS) if rotated else None
+    codes, scales = dialect.QUANTIZE(source, dialect.AMAX(source, signs), [1, 16], "nearest", signs)
+    k = 2 * codes.shape[-1] if rotated else source.shape[-1]
+    expected = dialect.DEQUANTIZE(codes, scales, None, k, torch.bfloat16)
+    found = operations.dequantized(laid_out_like(codes, device), laid_out_like(scales, device), k)
+    assert torch.equal(bits(found), bits(expected))
+    turned = codes.stride(-1) != 1
+    assert (found.mT if turned else found).is_contiguous()
+
+
+def laid_out_like(x: Tensor, device: torch.device) -> Tensor:
+    """x on a device with its strides."""
+    return x.to(device) if x.is_contiguous() else x.mT.to(device).mT
+
+
+@pytest.mark.parametrize("shape", [(0, 32), (5, 0), (0, 3, 16)])
+def test_dequantize_of_nothing(device: torch.device, shape: tuple[int, ...]) -> None:
+    codes, scales = dialect.QUANTIZE(torch.empty(shape), torch.tensor(0.0), [1, 16], "nearest")
+    assert operations.DEQUANTIZE(codes.to(device), scales.to(device), shape[-1], False).shape == shape
+
+
+def test_every_code_and_scale_is_dequantised_exactly(device: torch.device) -> None:
+    """But NaN scales, of which any NaN will do."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
+    scales = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 32).contiguous().view(torch.float8_e4m3fn)
+    expected = dialect.DEQUANTIZE(codes, scales, None, 512, torch.bfloat16)
+    assert torch.equal(bits(operations.DEQUANTIZE(codes.to(device), scales.to(device), 512, False)), bits(expected))
 
 
 @pytest.mark.parametrize("batch", [(), (2,)])
@@ -181,22 +293,79 @@ def test_packed_operands_need_not_be_contiguous(device: torch.device, batch: tup
     codes, scales = dialect.quantize(x, dialect.amax(x), ROW_BLOCK, "nearest")
     every_other = (codes.to(device)[..., ::2, :], scales.to(device)[..., ::2, :])
     expected = dialect.dequantize(codes, scales, None, 40, torch.bfloat16)[..., ::2, :]
-    assert torch.equal(bits(operations.DEQUANTIZE(*every_other, 40)), bits(expected.contiguous()))
+    assert torch.equal(bits(operations.dequantized(*every_other, 40)), bits(expected.contiguous()))
 
 
-def test_stochastic_rounding_needs_a_seed(device: torch.device) -> None:
-    x = torch.ones(1, 16, device=device)
-    with pytest.raises(AssertionError, match="needs a seed"):
-        operations.QUANTIZE(x, operations.AMAX(x), ROW_BLOCK, "stochastic")
+# ---- product
+
+
+def codes_of(*shape: int, seed: int) -> Tensor:
+    """Integers up to 12 times 2^-2: their products are multiples of 1/16 below 9, so that sums of up to 2^16 of them
+    are exact in FP32 whatever their order."""
+    values = torch.randint(-12, 13, shape, generator=torch.Generator().manual_seed(seed))
+    return (values / 4).bfloat16()
+
+
+def turned(x: Tensor, device: torch.device, columns: bool) -> Tensor:
+    return x.mT.contiguous().to(device).mT if columns else x.to(device)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [((), 64, 48, 32), ((), 37, 23, 19), ((), 1, 1, 1), ((), 33, 128, 256), ((3,), 40, 24, 16), ((2,), 5, 7, 9)],
+)
+def test_product(
+    device: torch.device, shape: tuple[tuple[int, ...], int, int, int], biased: bool, out_dtype: torch.dtype
+) -> None:
+    """Either operand by rows or columns, aligned or not; the factor, the bias, and then one rounding."""
+    batch, m, n, k = shape
+    a, b = codes_of(*batch, m, k, seed=0), codes_of(*batch, n, k, seed=1)
+    bias = torch.randn(n, generator=torch.Generator().manual_seed(2)).to(out_dtype) if biased else None
+    # A power of two: what the product is multiplied by rounds nothing, so it does not matter when.
+    amaxes = torch.tensor(2688.0), torch.tensor(1344.0)
+    expected = dialect.PRODUCT(a, b, *amaxes, bias, out_dtype)
+    for columns in itertools.product((False, True), repeat=2):
+        there = [turned(given, device, flag) for given, flag in zip((a, b), columns, strict=True)]
+        found = operations.scaled_product(
+            *there, *(amax.to(device) for amax in amaxes), None if bias is None else bias.to(device), out_dtype
+        )
+        assert found.is_contiguous()
+        assert torch.equal(bits(found), bits(expected)), columns
+
+
+@pytest.mark.parametrize("shape", [((0, 16), (8, 16)), ((8, 16), (0, 16)), ((8, 0), (4, 0)), ((2, 3, 0), (2, 4, 0))])
+def test_product_of_nothing(device: torch.device, shape: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    a, b = (torch.empty(each, dtype=torch.bfloat16) for each in shape)
+    amax, bias = torch.tensor(3.0), torch.arange(float(b.shape[-2]))
+    expected = dialect.PRODUCT(a, b, amax, amax, bias, torch.float32)
+    found = operations.scaled_product(
+        a.to(device), b.to(device), amax.to(device), amax.to(device), bias.to(device), torch.float32
+    )
+    assert torch.equal(bits(found), bits(expected))
+
+
+def test_products_that_are_not_exact_are_summed_in_fp32(device: torch.device) -> None:
+    a, b = (torch.randn(rows, 300, generator=torch.Generator().manual_seed(rows)).bfloat16() for rows in (20, 36))
+    amax = torch.tensor(2688.0, device=device)
+    found = operations.scaled_product(a.to(device), b.to(device), amax, amax, None, torch.float32)
+    # 300 exact products added in FP32, each addition off by half an ulp (6e-8) at most of a partial sum below 300 * 16.
+    torch.testing.assert_close(found.cpu().double(), a.double() @ b.double().mT, rtol=0, atol=300 * 300 * 16 * 6e-8)
+
+
+# ---- what torch.compile relies on
 
 
 def test_fakes_and_schemas_hold(device: torch.device) -> None:
     """Under fake tensors, symbolic sizes too, each operation promises the results that it gives."""
-    x = torch.randn(20, 33, device=device)
-    amax, seed = operations.AMAX(x), torch.tensor(3, device=device)
-    opcheck(operations.AMAX, (x, list(DEFAULT_SIGNS)))
-    opcheck(operations.HADAMARD, (x, list(DEFAULT_SIGNS)))
-    opcheck(operations.QUANTIZE, (x, amax, [16, 16], "stochastic", None, seed, 2))
     # Without the schema test, which compares arguments with an operation that float8 lacks.
-    packed = operations.QUANTIZE(x, amax, [1, 16], "nearest")
-    opcheck(operations.DEQUANTIZE, (*packed, 33), test_utils=("test_faketensor", "test_aot_dispatch_dynamic"))
+    tests = ("test_faketensor", "test_aot_dispatch_dynamic")
+    x = torch.randn(20, 33, device=device)
+    amaxes, seed = [torch.tensor(3.0, device=device)] * 2, torch.tensor(3, device=device)
+    outputs = (Output(Form.AMAX), Output(Form.PACKED, Axis.COLUMNS, TILE_BLOCK, "stochastic"), Output(Form.OPERAND))
+    opcheck(operations.REGION, (x, amaxes, seed, Region(outputs).to_json()), test_utils=tests)
+    codes, scales = operations.REGION(x, amaxes, None, Region((Output(Form.PACKED),)).to_json())
+    opcheck(operations.DEQUANTIZE, (codes, scales, 33, False), test_utils=tests)
+    a, b = (torch.randn(rows, 16, device=device).bfloat16() for rows in (8, 24))
+    opcheck(operations.PRODUCT, (a, b, torch.tensor(2.0, device=device), None, torch.bfloat16), test_utils=tests)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from exact import dequantize_codes, product
 from graphs import nvfp4
 from torch import Tensor
 
@@ -14,10 +15,6 @@ from nvfp4c import dialect, numerics
 from nvfp4c.dialect import KernelTable
 
 LIBRARY = torch.library.Library("nvfp4_eager", "DEF")
-
-
-def dequantize_codes(codes: Tensor, scales: Tensor, k: int) -> Tensor:
-    return dialect.dequantize(codes, scales, None, k, torch.float32).contiguous()
 
 
 def _operand(
@@ -31,7 +28,7 @@ def _operand(
 ) -> Tensor:
     codes, scales = dialect.quantize_values(x, amax, block, rounding, signs, seed, stream)
     values = numerics.block_values(codes, scales)
-    return (values if signs is not None else values.narrow(-1, 0, x.shape[-1])).contiguous()
+    return values if signs is not None else values.narrow(-1, 0, x.shape[-1]).contiguous()
 
 
 def _fake_operand(x: Tensor, *args: Any) -> Tensor:
@@ -39,15 +36,25 @@ def _fake_operand(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty(nvfp4.hadamard(x, args[3]).shape if rotated else x.shape, dtype=torch.float32)
 
 
+def _values(codes: Tensor, scales: Tensor, k: int) -> Tensor:
+    return nvfp4.dequantize(codes, scales, None, k, torch.bfloat16)
+
+
 def _fake_dequantize(codes: Tensor, scales: Tensor, k: int) -> Tensor:
     return nvfp4.dequantize(codes, scales, None, k, torch.float32)
 
 
+def _schema(operation: torch._ops.OpOverload) -> str:
+    return str(operation._schema).removeprefix("nvfp4::")
+
+
 for schema, function, fake in (
     ("hadamard(Tensor x, int[] signs) -> Tensor", nvfp4.hadamard, nvfp4.hadamard),
+    (_schema(nvfp4.region.default), nvfp4.region, nvfp4.region),
     ("amax(Tensor x, int[]? signs=None) -> Tensor", nvfp4.amax, nvfp4.amax),
-    (str(nvfp4.quantize.default._schema).removeprefix("nvfp4::"), nvfp4.quantize, nvfp4.quantize),
+    (_schema(nvfp4.quantize.default), nvfp4.quantize, nvfp4.quantize),
     ("dequantize(Tensor codes, Tensor scales, SymInt k) -> Tensor", dequantize_codes, _fake_dequantize),
+    ("values(Tensor codes, Tensor scales, SymInt k) -> Tensor", _values, _values),
     (
         "operand(Tensor x, Tensor amax, int[] block, str rounding, int[]? signs=None, Tensor? seed=None, int stream=0) "
         "-> Tensor",
@@ -63,12 +70,6 @@ for schema, function, fake in (
 eager = torch.ops.nvfp4_eager
 
 
-def exact_product(a: Tensor, b: Tensor) -> Tensor:
-    """The product summed in FP64. A sum of the products of two 6-bit numbers is nearly always exact there, so it does
-    not depend on the order of summation."""
-    return torch.matmul(a.double(), b.double().mT).float()
-
-
 EAGER = KernelTable(
     target="eager",
     operand_dtype=torch.float32,
@@ -76,12 +77,22 @@ EAGER = KernelTable(
     amax=eager.amax.default,
     quantize=eager.quantize.default,
     dequantize=eager.dequantize.default,
-    product=exact_product,
+    product=product,
     operand=eager.operand.default,
     names={},
 )
 PACKED = replace(EAGER, target="packed", operand=None)
-"""A target without an unpacked form, as the GPUs are."""
+"""A target without an unpacked form."""
+
+REGIONS = KernelTable(
+    target="regions",
+    operand_dtype=torch.bfloat16,
+    region=eager.region.default,
+    dequantize=eager.values.default,
+    product=product,
+    names={},
+)
+"""A target whose kernels are regions, as the GPUs are."""
 
 PLAIN = KernelTable(
     target="plain",
@@ -90,7 +101,7 @@ PLAIN = KernelTable(
     amax=dialect.amax,
     quantize=dialect.quantize,
     dequantize=dequantize_codes,
-    product=exact_product,
+    product=product,
     operand=None,
     names={},
 )

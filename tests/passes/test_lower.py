@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from eager_target import EAGER, PACKED, PLAIN, dequantize_codes, eager, exact_product
+from eager_target import EAGER, PACKED, PLAIN, REGIONS, eager
+from exact import product, run_exactly
 from graphs import (
     SIGNS,
-    Reference,
     captured,
     copied,
     dialect_nodes,
     example_inputs,
     nvfp4,
+    partitioned,
     run,
     run_step,
     run_until,
@@ -25,41 +26,28 @@ from graphs import (
     trace,
 )
 from torch import Tensor, fx, nn
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from nvfp4c import dialect
 from nvfp4c.codegen.targets import TARGETS, kernel_table
-from nvfp4c.dialect import SCALED_MM, KernelTable, Stage
+from nvfp4c.dialect import KernelTable, Stage
 from nvfp4c.passes.lower import Lower
-from nvfp4c.pipeline import Step
+from nvfp4c.pipeline import lowering
 from nvfp4c.recipe import RECIPES, Recipe
 
 ALL = RECIPES["nvfp4-all"]
 WEIGHT_ONLY = RECIPES["nvfp4-weight-only"]
 
 
-class ExactProducts(Reference):
-    """The reference, with products summed as `exact_product` sums them."""
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is not SCALED_MM:
-            return super().call_function(target, args, kwargs)
-        a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, k, bias, dtype = args
-        product = exact_product(dequantize_codes(a_codes, a_scales, k), dequantize_codes(b_codes, b_scales, k))
-        return dialect.scale_product(product, a_amax, b_amax, bias, dtype)
-
-
-def run_exactly(graph: fx.Graph, *inputs: Any) -> list[Any]:
-    with torch.no_grad():
-        result = ExactProducts(fx.GraphModule(nn.Module(), graph)).run(*inputs)
-    return list(result) if isinstance(result, (list, tuple)) else [result]
-
-
 def lowered(graph: fx.Graph, table: KernelTable = EAGER, inputs: list[Any] | None = None) -> fx.Graph:
-    """A graph after the pass; it gives the same results, bit for bit. inputs: random where not given."""
+    """A graph after the pass, and `fuse` before it where the table has regions; it gives the same results, bit for bit.
+
+    inputs: random where not given.
+    """
     inputs = inputs or example_inputs(graph)
     expected = run_exactly(copied(graph), *inputs)
-    run_step(graph, Step("lower", Lower(table), Stage.LOWERED), Stage.FUSED)
+    stage = Stage.SCALED
+    for step in lowering(table):
+        run_step(graph, step, stage)
+        stage = step.stage
     assert dialect_nodes(graph) == []
     assert same_bits(run(graph, *inputs), expected)
     return graph
@@ -321,9 +309,9 @@ def test_kernels_are_traced_once_a_shape() -> None:
     """Copies of one trace serve all equal calls."""
     calls = []
 
-    def product(a: Tensor, b: Tensor) -> Tensor:
+    def counted(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
         calls.append((a.shape, b.shape))
-        return exact_product(a, b)
+        return product(a, b, *rest)
 
     class Deep(nn.Module):
         def __init__(self) -> None:
@@ -336,7 +324,7 @@ def test_kernels_are_traced_once_a_shape() -> None:
             return x
 
     graph = run_until(captured(Deep(), torch.randn(16, 32), train=False), "place", ALL)
-    lowered(graph, replace(EAGER, product=product))
+    lowered(graph, replace(EAGER, product=counted))
     assert len(calls) == 1
 
 
@@ -375,6 +363,9 @@ class Layers(nn.Module):
         (PACKED, ALL, torch.float32),
         (PACKED, WEIGHT_ONLY, torch.float32),
         (PLAIN, ALL, torch.bfloat16),
+        (REGIONS, ALL, torch.float32),
+        (REGIONS, ALL, torch.bfloat16),
+        (REGIONS, WEIGHT_ONLY, torch.bfloat16),
     ],
     ids=lambda given: getattr(given, "target", None) or getattr(given, "name", str(given)),
 )
@@ -382,16 +373,15 @@ def test_training(table: KernelTable, recipe: Recipe, dtype: torch.dtype) -> Non
     """The forward and the backward graph, lowered apart, give what they gave before, bit for bit."""
     found = captured(Layers(dtype), torch.randn(2, 9, 24, dtype=dtype))
     graph = run_until(found, "place", recipe)
-    module = fx.GraphModule(nn.Module(), graph)
-    forward, backward = min_cut_rematerialization_partition(module, (), num_fwd_outputs=1)
+    forward, backward = partitioned(graph)
     inputs = example_inputs(graph)
-    primals, tangents = inputs[: len(forward.graph.find_nodes(op="placeholder"))], inputs[-1:]
-    saved = run_exactly(forward.graph, *primals)[1:]
-    lowered(forward.graph, table, primals)
-    lowered(backward.graph, table, [*saved, *tangents])
+    primals, tangents = inputs[: len(forward.find_nodes(op="placeholder"))], inputs[-1:]
+    saved = run_exactly(forward, *primals)[1:]
+    lowered(forward, table, primals)
+    lowered(backward, table, [*saved, *tangents])
 
 
-@pytest.mark.parametrize("table", [EAGER, PACKED], ids=lambda table: table.target)
+@pytest.mark.parametrize("table", [EAGER, PACKED, REGIONS], ids=lambda table: table.target)
 def test_symbolic_sizes(table: KernelTable) -> None:
     """One lowered graph serves every token count."""
     x = torch.randn(24, 32)
@@ -399,7 +389,8 @@ def test_symbolic_sizes(table: KernelTable) -> None:
     found = captured(nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32)), x)
     graph = run_until(found, "place", ALL)
     before = copied(graph)
-    Lower(table)(graph)
+    for step in lowering(table):
+        step.run(graph)
     assert dialect_nodes(graph) == []
     for tokens in (24, 17, 2):
         inputs = example_inputs(graph, symbol=tokens)
@@ -411,8 +402,9 @@ def test_the_cpu_target() -> None:
     """The kernels of the CPU on the two operands of a forward, which compile at their first call: bit for bit."""
     cpu = kernel_table(TARGETS["cpu"])
     graph = run_until(captured(nn.Linear(32, 48), torch.randn(40, 32), train=False), "place", ALL)
-    found = targets(lowered(graph, replace(cpu, product=exact_product)))
+    found = targets(lowered(graph, replace(cpu, product=product)))
     assert found["nvfp4_cpu.operand"] == 2
     # Small integers have one FP32 sum, whatever its order.
     a, b = torch.arange(-8.0, 8.0).reshape(2, 8), torch.arange(-8.0, 16.0).reshape(3, 8)
-    assert torch.equal(cpu.product(a, b), exact_product(a, b))
+    rest = torch.tensor(3.0), torch.tensor(5.0), torch.arange(3.0), torch.float32
+    assert torch.equal(cpu.product(a, b, *rest), product(a, b, *rest))

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from graphs import SIGNS, captured, copied, example_inputs, run, run_step, run_until, same_bits, targets, text
+from graphs import (
+    SIGNS,
+    captured,
+    example_inputs,
+    partitioned,
+    run,
+    run_step,
+    run_until,
+    same_bits,
+    targets,
+    text,
+)
 from torch import Tensor, fx, nn
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from nvfp4c.dialect import QUANTIZE, Stage, is_dialect
-from nvfp4c.passes.graph_edit import ORIGIN_META
+from nvfp4c.passes.graph_edit import ORIGIN_META, arrangement_base
 from nvfp4c.passes.insert_scaling import SEED
 from nvfp4c.passes.place import place
 from nvfp4c.pipeline import Step
 from nvfp4c.recipe import RECIPES, Recipe
 
-STEP = Step("place", place, Stage.FUSED)
+STEP = Step("place", place, Stage.SCALED)
 ALL = RECIPES["nvfp4-all"]
 RANDOM_INPUTS = replace(ALL, input_rounding="stochastic")
 
@@ -39,13 +50,13 @@ class Blocks(nn.Module):
         return x
 
 
-def joint(model: nn.Module, last: str = "fuse", recipe: Recipe = ALL) -> fx.Graph:
+def joint(model: nn.Module, last: str = "fold_hadamard", recipe: Recipe = ALL) -> fx.Graph:
     """The joint graph of a model after the pass called `last`."""
     return run_until(captured(model, torch.randn(4, 16, 32)), last, recipe)
 
 
 def placed(model: nn.Module, recipe: Recipe = ALL) -> fx.Graph:
-    return run_step(joint(model, recipe=recipe), STEP, Stage.FUSED)
+    return run_step(joint(model, recipe=recipe), STEP, Stage.SCALED)
 
 
 def from_tangents(graph: fx.Graph) -> set[fx.Node]:
@@ -113,9 +124,20 @@ def test_checkpointed_tensors_pass_their_tags_on() -> None:
 
 
 def test_nothing_is_tagged_without_checkpointing() -> None:
-    """Nor does what reads the seed pass on that it is saved."""
+    """But the seed, and what is made from the graph's inputs. What reads the seed does not pass on that it is saved."""
     graph = placed(Blocks(checkpointed=False), RANDOM_INPUTS)
-    assert [node.target for node in graph.nodes if "recompute" in node.meta] == [SEED]
+    tagged = [node for node in graph.nodes if "recompute" in node.meta]
+    assert [node.target for node in tagged if node.target not in (QUANTIZE, operator.getitem)] == [SEED]
+    assert all(arrangement_base(node.args[0]).op == "placeholder" for node in tagged if node.target is QUANTIZE)
+
+
+def test_weights_are_quantised_again_for_the_data_gradient() -> None:
+    """Nothing of a weight but its amax is saved; the backward quantises the weight that it is given."""
+    forward, backward = partitioned(placed(Blocks(False)))
+    weights = {node.meta["val"].shape for node in forward.find_nodes(op="placeholder") if node.meta["val"].dim() == 2}
+    again = [node for node in backward.find_nodes(op="call_function", target=QUANTIZE) if node.args[2] == [16, 16]]
+    assert {arrangement_base(node.args[0]).meta["val"].shape for node in again} == weights
+    assert {arrangement_base(node.args[0]).op for node in again} == {"placeholder"}
 
 
 def test_the_seed_is_saved() -> None:
@@ -125,7 +147,7 @@ def test_the_seed_is_saved() -> None:
 
 def test_inference() -> None:
     """A graph without a backward needs no tags."""
-    graph = run_until(captured(Blocks(checkpointed=False), torch.randn(4, 16, 32), train=False), "fuse", ALL)
+    graph = run_until(captured(Blocks(checkpointed=False), torch.randn(4, 16, 32), train=False), "fold_hadamard", ALL)
     before = text(graph)
     place(graph)
     assert text(graph) == before
@@ -163,13 +185,6 @@ def test_a_custom_autograd_function() -> None:
     assert {node.meta["partitioner_tag"] for node in early} == {"is_forward"}
 
 
-def partitioned(graph: fx.Graph) -> tuple[fx.Graph, fx.Graph]:
-    """The forward and backward graphs that PyTorch's partitioner makes of a joint graph with one output."""
-    module = fx.GraphModule(nn.Module(), copied(graph))
-    forward, backward = min_cut_rematerialization_partition(module, (), num_fwd_outputs=1)
-    return forward.graph, backward.graph
-
-
 def run_both(forward: fx.Graph, backward: fx.Graph, inputs: list[Any]) -> list[Any]:
     """Forward, then backward on what it saved: outputs and gradients, as the joint graph gives them."""
     primals = len(forward.find_nodes(op="placeholder"))
@@ -191,9 +206,10 @@ def test_packed_codes_are_saved_instead_of_tensors() -> None:
     forward, _ = partitioned(placed(Blocks(False)))
     saved = forward.output_node().args[0][1:]
     packed = [node for node in saved if node.meta["val"].dtype is torch.uint8]
-    assert len(packed) >= 4
+    assert len(packed) == 3, "of four inputs one is the graph's own, and kept anyway"
     # Of each layer's input only the pre-activation of the GELU is kept as it is, which the GELU's own gradient needs.
-    assert sum(node.meta["val"].dim() > 1 and node.meta["val"].dtype is torch.float32 for node in saved) == 2
+    made = [node.meta["val"] for node in saved if node.op != "placeholder"]
+    assert sum(value.dim() > 1 and value.dtype is torch.float32 for value in made) == 2
 
 
 def test_checkpointing_saves_no_codes() -> None:

@@ -1,0 +1,222 @@
+"""A BF16 product with its global factor and bias in the FP32 epilogue: `cublasLtMatmul`, called through ctypes.
+
+torch takes a product's factor only as a number known on the host. Ours, amax_a * amax_b / 2688^2, is on the GPU;
+applied after torch.mm it would cost a second rounding or an FP32 product in memory. cuBLASLt reads it from the device,
+adds the bias, and rounds once. The library is the one that torch has loaded.
+Source: cuBLAS documentation, "Using the cuBLASLt API".
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SONAMES = ("libcublasLt.so.13", "libcublasLt.so.12")
+WORKSPACE_BYTES = 32 << 20
+"""What torch gives cuBLAS on Hopper."""
+
+COMPUTE_32F = 68
+TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
+POINTER_MODE, TRANSPOSE_A, TRANSPOSE_B, EPILOGUE, BIAS_POINTER = 2, 3, 4, 7, 8
+POINTER_MODE_DEVICE = 1
+EPILOGUE_BIAS = 4
+LAYOUT_BATCH_COUNT, LAYOUT_BATCH_OFFSET = 5, 6
+PREFERENCE_WORKSPACE = 1
+PREFERENCE_ALIGNMENTS = (5, 6, 7, 8)
+ALIGNED = 256
+"""Bytes: what torch aligns new tensors to, at least, and as much as cuBLAS asks about."""
+
+
+class Heuristic(ctypes.Structure):
+    """cublasLtMatmulHeuristicResult_t."""
+
+    _fields_ = (
+        ("algorithm", ctypes.c_uint64 * 8),
+        ("workspace_bytes", ctypes.c_size_t),
+        ("state", ctypes.c_int),
+        ("waves", ctypes.c_float),
+        ("reserved", ctypes.c_int * 4),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """cuBLASLt, or None where torch has none."""
+    for name in SONAMES:
+        try:
+            found = ctypes.CDLL(name)
+        except OSError:
+            continue
+        found.cublasLtMatmul.argtypes = [ctypes.c_void_p] * 14 + [ctypes.c_size_t, ctypes.c_void_p]
+        return found
+    return None
+
+
+@cache
+def _handle(device: torch.device) -> ctypes.c_void_p:
+    handle = ctypes.c_void_p()
+    with torch.cuda.device(device):
+        _check(_library().cublasLtCreate(ctypes.byref(handle)))
+    return handle
+
+
+def _library() -> ctypes.CDLL:
+    found = library()
+    assert found is not None, "callers ask first"
+    return found
+
+
+def _check(status: int) -> None:
+    if status:
+        raise RuntimeError(f"cuBLASLt failed with status {status}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A problem as cuBLASLt describes it, and the algorithm it picked; all owned by the library for good.
+
+    zero: the factor of what D held before, which cuBLASLt reads from the GPU too.
+    """
+
+    handle: ctypes.c_void_p
+    description: ctypes.c_void_p
+    layouts: tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    heuristic: Heuristic
+    algorithm: int
+    zero: Tensor
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """How a matrix, or a batch of them, lies in memory, as cuBLAS sees it: by columns. flipped: it is the transpose
+    of what is asked for."""
+
+    rows: int
+    columns: int
+    leading: int
+    count: int
+    offset: int
+    flipped: bool
+
+
+Strides = tuple[int, ...]
+
+
+def _matrix(shape: Strides, stride: Strides) -> Matrix | None:
+    """A [.., M, K] operand in memory; None if no axis is contiguous."""
+    count, offset = (1, 0) if len(shape) == 2 else (shape[0], stride[0])
+    rows, columns = shape[-2:]
+    if stride[-1] == 1 and (stride[-2] >= columns or rows == 1):
+        return Matrix(columns, rows, max(stride[-2], columns), count, offset, False)
+    if stride[-2] == 1 and (stride[-1] >= rows or columns == 1):
+        return Matrix(rows, columns, max(stride[-1], rows), count, offset, True)
+    return None
+
+
+def _set(setter: str, target: ctypes.c_void_p, attribute: int, value: Any) -> None:
+    _check(getattr(_library(), setter)(target, attribute, ctypes.byref(value), ctypes.sizeof(value)))
+
+
+def _layout(dtype: torch.dtype, matrix: Matrix) -> ctypes.c_void_p:
+    layout = ctypes.c_void_p()
+    sizes = ctypes.c_uint64(matrix.rows), ctypes.c_uint64(matrix.columns), ctypes.c_int64(matrix.leading)
+    _check(_library().cublasLtMatrixLayoutCreate(ctypes.byref(layout), TYPES[dtype], *sizes))
+    if matrix.count != 1:
+        _set("cublasLtMatrixLayoutSetAttribute", layout, LAYOUT_BATCH_COUNT, ctypes.c_int32(matrix.count))
+        _set("cublasLtMatrixLayoutSetAttribute", layout, LAYOUT_BATCH_OFFSET, ctypes.c_int64(matrix.offset))
+    return layout
+
+
+@cache
+def _plan(
+    device: torch.device,
+    a: tuple[Strides, Strides],
+    b: tuple[Strides, Strides],
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    with_bias: bool,
+    alignments: tuple[int, int],
+) -> Plan | None:
+    """a, b: shape and strides; alignments: of their addresses. None where the library cannot do it."""
+    left, right = _matrix(*b), _matrix(*a)
+    if library() is None or left is None or right is None or out_dtype not in TYPES or 0 in (*a[0], *b[0]):
+        return None
+    cublas = _library()
+    description = ctypes.c_void_p()
+    _check(cublas.cublasLtMatmulDescCreate(ctypes.byref(description), COMPUTE_32F, TYPES[torch.float32]))
+    setter = "cublasLtMatmulDescSetAttribute"
+    _set(setter, description, POINTER_MODE, ctypes.c_int32(POINTER_MODE_DEVICE))
+    # By columns a contiguous [N, K] is [K, N]: cuBLAS's A is asked for as [N, K], its B as [K, M], and D is [N, M].
+    _set(setter, description, TRANSPOSE_A, ctypes.c_int32(not left.flipped))
+    _set(setter, description, TRANSPOSE_B, ctypes.c_int32(right.flipped))
+    if with_bias:
+        _set(setter, description, EPILOGUE, ctypes.c_int32(EPILOGUE_BIAS))
+    m, n = a[0][-2], b[0][-2]
+    out = Matrix(n, m, n, left.count, m * n, False)
+    layouts = _layout(dtype, left), _layout(dtype, right), _layout(out_dtype, out)
+    preference = ctypes.c_void_p()
+    _check(cublas.cublasLtMatmulPreferenceCreate(ctypes.byref(preference)))
+    setter = "cublasLtMatmulPreferenceSetAttribute"
+    _set(setter, preference, PREFERENCE_WORKSPACE, ctypes.c_uint64(WORKSPACE_BYTES))
+    for attribute, alignment in zip(
+        PREFERENCE_ALIGNMENTS, (alignments[1], alignments[0], ALIGNED, ALIGNED), strict=True
+    ):
+        _set(setter, preference, attribute, ctypes.c_uint32(alignment))
+    heuristic, found = Heuristic(), ctypes.c_int()
+    problem = _handle(device), description, *layouts, layouts[2], preference
+    status = cublas.cublasLtMatmulAlgoGetHeuristic(*problem, 1, ctypes.byref(heuristic), ctypes.byref(found))
+    cublas.cublasLtMatmulPreferenceDestroy(preference)
+    if status or not found.value:
+        return None
+    zero = torch.zeros((), device=device)
+    return Plan(_handle(device), description, layouts, heuristic, ctypes.addressof(heuristic), zero)
+
+
+def _alignment(address: int) -> int:
+    return min(address & -address, ALIGNED)
+
+
+def product(a: Tensor, b: Tensor, factor: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor | None:
+    """(a @ b^T) * factor + bias, rounded once: [.., M, N] in `out_dtype`.
+
+    a: [.., M, K], b: [.., N, K], bfloat16, either axis contiguous; factor: float32 scalar on the GPU; bias: [N] in
+    `out_dtype`. None where cuBLASLt cannot do it: the caller has another way.
+    """
+    if bias is not None and (bias.dtype != out_dtype or bias.stride(-1) != 1):
+        return None
+    left, right = b.data_ptr(), a.data_ptr()
+    shapes = (a.shape, a.stride()), (b.shape, b.stride())
+    aligned = _alignment(right), _alignment(left)
+    plan = _plan(a.device, *shapes, a.dtype, out_dtype, bias is not None, aligned)
+    if plan is None:
+        return None
+    if bias is not None:
+        _set("cublasLtMatmulDescSetAttribute", plan.description, BIAS_POINTER, ctypes.c_void_p(bias.data_ptr()))
+    out = a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=out_dtype)
+    workspace = a.new_empty(plan.heuristic.workspace_bytes, dtype=torch.uint8)
+    layout_a, layout_b, layout_out = plan.layouts
+    status = _library().cublasLtMatmul(
+        plan.handle,
+        plan.description,
+        factor.data_ptr(),
+        left,
+        layout_a,
+        right,
+        layout_b,
+        plan.zero.data_ptr(),
+        out.data_ptr(),
+        layout_out,
+        out.data_ptr(),
+        layout_out,
+        plan.algorithm,
+        workspace.data_ptr(),
+        plan.heuristic.workspace_bytes,
+        torch.cuda.current_stream(a.device).cuda_stream,
+    )
+    _check(status)
+    return out

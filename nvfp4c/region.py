@@ -1,0 +1,153 @@
+"""A region: everything that one kernel computes from one matrix, read once. The data behind `nvfp4::region`.
+
+The matrix is [M, K] or a batch [B, M, K], in the orientation in which it lies in memory. Blocks of 16 run along its
+rows, or down its columns: those are the blocks of its transpose, and need no transposed copy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from nvfp4c import numerics, philox
+from nvfp4c.formats import ROW_BLOCK, block_count, padded
+
+
+class Form(str, Enum):
+    """What an output holds.
+
+    AMAX: the largest magnitude, after rotation if there is one. ROTATED: the rotated matrix, bfloat16. PACKED: two
+    tensors, codes and scales. OPERAND: the dequantised values code * scale, bfloat16, where they are exact; a zero may
+    have lost its sign.
+    """
+
+    AMAX = "amax"
+    ROTATED = "rotated"
+    PACKED = "packed"
+    OPERAND = "operand"
+
+
+class Axis(str, Enum):
+    """What a block of 16 elements runs along."""
+
+    ROWS = "rows"
+    COLUMNS = "columns"
+
+
+@dataclass(frozen=True)
+class Output:
+    """One result of a region. An amax or a rotated matrix uses only `axis` and `signs`.
+
+    amax: the place of the tensor's amax among those given to the region. stream: of stochastic rounding.
+    """
+
+    form: Form
+    axis: Axis = Axis.ROWS
+    block: tuple[int, int] = ROW_BLOCK
+    rounding: str = "nearest"
+    signs: tuple[int, ...] | None = None
+    amax: int = 0
+    stream: int = 0
+
+    @property
+    def quantised(self) -> bool:
+        return self.form in (Form.PACKED, Form.OPERAND)
+
+    @property
+    def stochastic(self) -> bool:
+        return self.quantised and self.rounding == "stochastic"
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors it holds."""
+        return 2 if self.form is Form.PACKED else 1
+
+    @property
+    def down(self) -> bool:
+        return self.axis is Axis.COLUMNS
+
+
+@dataclass(frozen=True)
+class Region:
+    """The outputs of one kernel, in order."""
+
+    outputs: tuple[Output, ...]
+
+    @cached_property
+    def amax_count(self) -> int:
+        """How many amaxes the kernel reads."""
+        return 1 + max((output.amax for output in self.outputs if output.quantised), default=-1)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Region:
+        def output(given: dict[str, object]) -> Output:
+            signs = given["signs"]
+            return Output(
+                form=Form(given["form"]),
+                axis=Axis(given["axis"]),
+                block=tuple(given["block"]),  # type: ignore[arg-type]
+                rounding=str(given["rounding"]),
+                signs=None if signs is None else tuple(signs),  # type: ignore[arg-type]
+                amax=int(given["amax"]),  # type: ignore[call-overload]
+                stream=int(given["stream"]),  # type: ignore[call-overload]
+            )
+
+        return Region(tuple(map(output, json.loads(text)["outputs"])))
+
+
+Shape = tuple[tuple[int | torch.SymInt, ...], torch.dtype]
+
+
+def shapes(output: Output, x: Tensor) -> list[Shape]:
+    """Shapes and types of the tensors that an output of a region on x [.., M, K] holds. All are contiguous."""
+    if output.form is Form.AMAX:
+        return [((), torch.float32)]
+    *lead, rows, columns = x.shape
+    whole = (padded(rows), columns) if output.down else (rows, padded(columns))
+    if output.form is Form.ROTATED or (output.form is Form.OPERAND and output.signs is not None):
+        return [((*lead, *whole), torch.bfloat16)]
+    if output.form is Form.OPERAND:
+        return [((*lead, rows, columns), torch.bfloat16)]
+    codes = (whole[0] // 2, columns) if output.down else (rows, whole[1] // 2)
+    scales = (block_count(rows), columns) if output.down else (rows, block_count(columns))
+    return [((*lead, *codes), torch.uint8), ((*lead, *scales), torch.float8_e4m3fn)]
+
+
+def evaluate(region: Region, x: Tensor, amaxes: Sequence[Tensor], seed: Tensor | None) -> list[Tensor]:
+    """The reference: every tensor of every output, in order. x: [M, K] or [B, M, K]; of any rank for a plain amax."""
+    found: list[Tensor] = []
+    for output in region.outputs:
+        found += _evaluate(output, x, amaxes, seed)
+    return found
+
+
+def _evaluate(output: Output, x: Tensor, amaxes: Sequence[Tensor], seed: Tensor | None) -> list[Tensor]:
+    rows = x.mT if output.down else x
+    if output.signs is not None:
+        rows = numerics.rotate(rows, output.signs)
+    if output.form is Form.AMAX:
+        return [numerics.tensor_amax(rows)]
+    if output.form is Form.ROTATED:
+        return [_laid_out(rows, output)]
+    bits = None
+    if output.stochastic:
+        assert seed is not None, "stochastic rounding needs a seed"
+        bits = philox.random_bytes_like(rows, seed, output.stream)
+    codes, scales = numerics.block_codes(rows, amaxes[output.amax], output.block, bits)
+    if output.form is Form.PACKED:
+        return [_laid_out(numerics.pack(codes), output), _laid_out(scales, output)]
+    values = numerics.block_values(codes, scales).narrow(-1, 0, rows.shape[-1])
+    return [_laid_out(values.to(torch.bfloat16), output)]
+
+
+def _laid_out(rows: Tensor, output: Output) -> Tensor:
+    return (rows.mT if output.down else rows).contiguous()

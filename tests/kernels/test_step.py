@@ -1,0 +1,197 @@
+"""Whole training steps through the emitted kernels: each does on real data what the reference does, bit for bit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._inductor import config as inductor_config
+
+from nvfp4c import dialect, pipeline
+from nvfp4c.capture import CapturedGraph, capture
+from nvfp4c.codegen import cpu, operations, targets
+from nvfp4c.codegen.targets import TARGETS
+from nvfp4c.passes.fuse import fuse
+from nvfp4c.passes.insert_scaling import SEED
+from nvfp4c.plan import EMPTY_PLAN
+from nvfp4c.recipe import RECIPES
+from nvfp4c.region import Form, Region, evaluate
+
+SEED_VALUE = 1234
+WIDTH, HIDDEN, OUT, TOKENS = (40, 70, 10, (3, 13)) if operations.INTERPRETED else (200, 500, 10, (3, 37))
+"""No whole number of blocks anywhere."""
+
+
+class Model(nn.Module):
+    """A residual MLP with a bias, a norm and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, HIDDEN)
+        self.down = nn.Linear(HIDDEN, WIDTH, bias=False)
+        self.head = nn.Linear(WIDTH, OUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.down(F.gelu(self.up(self.norm(x)))))
+
+
+@pytest.fixture(autouse=True)
+def _repeatable() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def table(device: torch.device) -> dialect.KernelTable:
+    """The kernels that are tested, which are a GPU's in the interpreter too."""
+    return targets.kernel_table(TARGETS["sm_90"] if operations.INTERPRETED else targets.resolve("auto", device))
+
+
+def bits(x: Tensor) -> Tensor:
+    """x's bits on the CPU; zeros without a sign."""
+    x = x.cpu()
+    if x.dtype in (torch.uint8, torch.float8_e4m3fn):
+        return x.view(torch.uint8)
+    return (x + 0.0).view({2: torch.int16, 4: torch.int32}[x.element_size()])
+
+
+def check_region(region: Region, x: Tensor, amaxes: Sequence[Tensor], seed: Tensor | None, found: list[Tensor]) -> None:
+    """Every tensor that a kernel gave is the reference's on the CPU, but for the sign of an operand's zero."""
+    expected = evaluate(region, x.cpu(), [amax.cpu() for amax in amaxes], None if seed is None else seed.cpu())
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(bits(one), bits(other)), region
+
+
+def check_product(a: Tensor, b: Tensor, factor: float, bias: Tensor | None, found: Tensor) -> None:
+    """A product of exact operands is off by the order of its sum and by one rounding.
+
+    K additions in FP32, each off by a unit in the last place (2^-23) at most of the sum of magnitudes; the factor and
+    the bias round once each; then the result is rounded to its type.
+    """
+    a, b = a.double(), b.double()
+    exact, size = a @ b.mT * factor, a.abs() @ b.abs().mT * factor
+    if bias is not None:
+        exact, size = exact + bias.double(), size + bias.double().abs()
+    bound = (a.shape[-1] + 2) * 2.0**-23 * size + torch.finfo(found.dtype).eps * exact.abs()
+    assert bool(((found.double() - exact).abs() <= bound).all())
+
+
+class BothWays(fx.Interpreter):
+    """Runs a fused graph with reference operations, and checks the target's kernels on the very same arguments."""
+
+    def __init__(self, module: fx.GraphModule, table: dialect.KernelTable, seed: Tensor) -> None:
+        super().__init__(module)
+        self.compared: Counter[Any] = Counter()
+        self._table = table
+        self._seed = seed
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is SEED:
+            return self._seed
+        expected = super().call_function(target, args, kwargs)
+        self.compared[target] += 1
+        if target is dialect.REGION:
+            assert self._table.region is not None
+            x, amaxes, seed, text = args
+            check_region(Region.from_json(text), x, amaxes, seed, list(self._table.region(*args)))
+        elif target is dialect.PRODUCT:
+            a, b, a_amax, b_amax, bias, _ = args
+            check_product(a, b, float(a_amax * b_amax) / 2688**2, bias, self._table.product(*args))
+        elif target is dialect.DEQUANTIZE:
+            codes, scales, _, k, _ = args
+            assert torch.equal(bits(self._table.dequantize(codes, scales, k)), bits(expected))
+        return expected
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dtype"),
+    [
+        ("nvfp4-all", torch.float32),
+        ("nvfp4-all", torch.bfloat16),
+        ("nvfp4-all", torch.float16),
+        ("nvfp4-weight-only", torch.bfloat16),
+    ],
+)
+def test_kernels_equal_the_reference_on_the_graph_of_a_step(
+    device: torch.device, table: dialect.KernelTable, recipe: str, dtype: torch.dtype
+) -> None:
+    model = Model().to(device, dtype)
+    x = torch.randn(*TOKENS, WIDTH).to(device, dtype)
+    (found,) = capture(model, x)
+    steps = (*pipeline.decide(RECIPES[recipe], EMPTY_PLAN, found.names), *pipeline.rewrite())
+    fuse(pipeline.run(found.graph, steps, "test"))
+    found.module.recompile()
+    runner = BothWays(found.module, table, torch.tensor(SEED_VALUE, device=device))
+    with torch.no_grad():
+        runner.run(*inputs_of(found, model, x, torch.randn(*TOKENS, OUT).to(device, dtype)))
+    assert runner.compared[dialect.PRODUCT] == (9 if recipe == "nvfp4-all" else 0)  # three layers in three roles
+    assert runner.compared[dialect.REGION] > 0
+
+
+def inputs_of(found: CapturedGraph, model: nn.Module, x: Tensor, tangent: Tensor) -> list[Tensor]:
+    """What the joint graph's placeholders stand for, in their order."""
+    parameters = dict(model.named_parameters())
+    values = []
+    for position, node in enumerate(found.graph.find_nodes(op="placeholder")):
+        known = found.names.input_of(node, position)
+        if node.meta.get("partitioner_tag") == "is_backward":
+            values.append(tangent)
+        else:
+            values.append(parameters[known.names[0]] if known.is_weight else x)
+    return [value.detach() for value in values]
+
+
+def step(model: nn.Module, x: Tensor, tangent: Tensor) -> list[Tensor]:
+    """Output and gradients of a compiled model, which draws the same seed at each call."""
+    torch._dynamo.reset()
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    torch.manual_seed(SEED_VALUE)
+    # Nothing may come from a cache: code for one table of kernels would be taken for code for another.
+    with inductor_config.patch(force_disable_caches=True):
+        output = torch.compile(model, backend="nvfp4", options={"recipe": "nvfp4-all"})(x)
+        output.backward(tangent)
+    assert x.grad is not None
+    return [output.detach(), x.grad, *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+class Small(nn.Module):
+    """Without any function whose result depends on how it is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(40, 70), nn.Linear(70, 33, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+def test_a_compiled_step(device: torch.device, table: dialect.KernelTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Inductor calls is checked as it is called; in the interpreter the step is the CPU target's, bit for bit."""
+    model = Small().to(device)
+    x, tangent = torch.randn(37, 40).to(device), torch.randn(37, 33).to(device)
+    seen: list[Form] = []
+    original = operations.run
+
+    def watched(launch: Any, x: Tensor, amaxes: Sequence[Tensor], seed: Tensor | None) -> list[Tensor]:
+        found = original(launch, x, amaxes, seed)
+        check_region(launch.region, x, amaxes, seed, found)
+        seen.extend(output.form for output in launch.region.outputs)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(operations, "run", watched)
+        patch.setattr(targets, "kernel_table", lambda target: table)
+        found = step(model, x, tangent)
+    # Two operands of each of six products, but that a matrix is not quantised twice where once will do.
+    assert set(seen) == {Form.AMAX, Form.OPERAND, Form.PACKED} and len(seen) > 12
+    if operations.INTERPRETED:
+        # The CPU's own kernels as they are written: compiling them takes seconds, and is tested elsewhere.
+        monkeypatch.setattr(cpu, "_compiled", lambda function, kind: function)
+        for one, other in zip(found, step(model, x, tangent), strict=True):
+            assert torch.equal(one, other)
