@@ -146,6 +146,7 @@ def test_cases_move_what_is_counted(monkeypatch):
         kernel_table(TARGETS["cpu"]),
         amax=dialect.amax,
         quantize=dialect.quantize,
+        operand=lambda *given: numerics.block_values(*dialect.quantize_values(*given)),
         dequantize=lambda codes, scales, k: dialect.dequantize(codes, scales, None, k, torch.float32),
     )
     monkeypatch.setattr(kernel_cases, "kernel_table", lambda target: table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import cycle
 from typing import TypeVar
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from nvfp4c.bench.timing import cache_bytes
 from nvfp4c.codegen.targets import kernel_table, resolve
-from nvfp4c.formats import BLOCK, DEFAULT_SIGNS, ROW_BLOCK, TILE_BLOCK, block_count
+from nvfp4c.dialect import KernelTable
+from nvfp4c.formats import BLOCK, DEFAULT_SIGNS, TILE_BLOCK, block_count
+from nvfp4c.region import Axis, Form, Output, Region
 
 INPUT_DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
 LARGE_BYTES = {"cuda": 512 * 2**20, "cpu": 64 * 2**20}
@@ -71,39 +73,63 @@ def _memory_references(device: str, inputs: list[Tensor]) -> Iterator[Case]:
         yield Case("compiled amax, large tensor", Ceiling.READ, source.nbytes, lambda: reduce(source), reference=True)
 
 
+ROWS, COLUMNS = Output(Form.PACKED), Output(Form.PACKED, Axis.COLUMNS, signs=DEFAULT_SIGNS, amax=1)
+ROW_OPERAND, COLUMN_OPERAND = replace(ROWS, form=Form.OPERAND), replace(COLUMNS, form=Form.OPERAND)
+
+QUANTIZERS: dict[str, tuple[Output, ...]] = {
+    "rows and rotated columns, packed": (ROWS, COLUMNS),
+    "row operand, rotated columns packed: a layer's input": (ROW_OPERAND, COLUMNS),
+    "row operand and rotated column operand: a gradient": (ROW_OPERAND, COLUMN_OPERAND),
+}
+"""What is computed from one read of a matrix. The first form is the one that a chip with FP4 products wants."""
+
+
 def _quantizers(device: str, inputs: list[Tensor]) -> Iterator[Case]:
     table = kernel_table(resolve("auto", torch.device(device)))
     rows, columns = inputs[0].shape
     read, packed = inputs[0].nbytes, packed_bytes(rows, columns)
-    amax_of, quantize = table.amax, table.quantize
-    assert amax_of is not None and quantize is not None
-    plain, turned = amax_of(inputs[0]), amax_of(inputs[0].t(), DEFAULT_SIGNS)
     seed = torch.tensor(1, device=device)
+    amax_both = Output(Form.AMAX), Output(Form.AMAX, Axis.COLUMNS, signs=DEFAULT_SIGNS)
+    amaxes = [amax for (amax,) in _computed(table, inputs[0], [], seed, amax_both)]
 
-    def amax(x: Tensor) -> object:
-        return amax_of(x), amax_of(x.t(), DEFAULT_SIGNS)
+    def case(name: str, outputs: tuple[Output, ...], ceiling: Ceiling = Ceiling.COPY) -> Case:
+        found = _computed(table, inputs[0], amaxes, seed, outputs)
+        written = sum(tensor.nbytes for tensors in found for tensor in tensors)
+        moved = read if ceiling is Ceiling.READ else read + written
+        return Case(name, ceiling, moved, _rotating(inputs, lambda x: _computed(table, x, amaxes, seed, outputs)))
 
-    def both_ways(rounding: str) -> Callable[[Tensor], object]:
-        def call(x: Tensor) -> object:
-            along_rows = quantize(x, plain, ROW_BLOCK, rounding, None, seed, 0)
-            return along_rows, quantize(x.t(), turned, ROW_BLOCK, rounding, DEFAULT_SIGNS, seed, 1)
+    yield case("amax, plain", amax_both[:1], Ceiling.READ)
+    yield case("amax, plain and of rotated columns", amax_both, Ceiling.READ)
+    for name, outputs in QUANTIZERS.items():
+        for rounding in ("nearest", "stochastic"):
+            drawn = tuple(replace(output, rounding=rounding, stream=place) for place, output in enumerate(outputs))
+            yield case(f"{name}, {rounding}", drawn)
+    yield case("operand in 16x16 tiles: a weight", (replace(ROW_OPERAND, block=TILE_BLOCK),))
 
-        return call
-
-    def weight(x: Tensor) -> object:
-        return quantize(x, plain, TILE_BLOCK, "nearest")
-
-    yield Case("amax, plain and of rotated columns", Ceiling.READ, read, _rotating(inputs, amax))
-    for rounding in ("nearest", "stochastic"):
-        moved = read + packed + packed_bytes(columns, rows)
-        name = f"quantise rows + rotated columns, {rounding}"
-        yield Case(name, Ceiling.COPY, moved, _rotating(inputs, both_ways(rounding)))
-    yield Case("quantise in 16x16 tiles", Ceiling.COPY, read + packed, _rotating(inputs, weight))
-
-    quantized = [quantize(x, plain, ROW_BLOCK, "nearest") for x in inputs]
+    quantized = [_computed(table, x, amaxes, seed, (ROWS,))[0] for x in inputs]
     written = rows * columns * table.operand_dtype.itemsize
-    unpack = _rotating(quantized, lambda operand: table.dequantize(*operand, columns))
+    unpack = _rotating(quantized, lambda operand: table.dequantize(operand[0], operand[1], columns))
     yield Case("dequantise", Ceiling.COPY, packed + written, unpack)
+
+
+def _computed(
+    table: KernelTable, x: Tensor, amaxes: list[Tensor], seed: Tensor, outputs: tuple[Output, ...]
+) -> list[tuple[Tensor, ...]]:
+    """The tensors of each output: by one kernel where the target has such kernels, else by one after the other."""
+    if table.region is not None:
+        found = iter(table.region(x, amaxes, seed, Region(outputs).to_json()))
+        return [tuple(next(found) for _ in range(output.tensors)) for output in outputs]
+    assert table.amax is not None and table.quantize is not None and table.operand is not None
+    results: list[tuple[Tensor, ...]] = []
+    for output in outputs:
+        along = x.t() if output.down else x
+        if output.form is Form.AMAX:
+            results.append((table.amax(along, output.signs),))
+            continue
+        how = output.block, output.rounding, output.signs, seed, output.stream
+        made = (table.quantize if output.form is Form.PACKED else table.operand)(along, amaxes[output.amax], *how)
+        results.append(made if isinstance(made, tuple) else (made,))
+    return results
 
 
 def _products(device: str, rows: int, columns: int) -> Iterator[Case]:
