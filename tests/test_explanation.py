@@ -112,7 +112,7 @@ def test_recipe_and_plan() -> None:
 
 def test_weights_only() -> None:
     rows = explain(Decoder(), X, recipe="nvfp4-weight-only").rows
-    assert (rows[0].left, rows[0].right, rows[0].kernel) == ("", "w 1x16 nearest", "aten: dequantise")
+    assert (rows[0].left, rows[0].right, rows[0].kernel) == ("", "w 1x16 nearest", "aten: quantise, dequantise")
 
 
 def test_bad_input() -> None:

@@ -17,6 +17,7 @@ from nvfp4c.codegen import targets
 from nvfp4c.codegen.targets import TARGETS, kernel_table, resolve
 from nvfp4c.errors import OptionError, TargetError
 from nvfp4c.formats import DEFAULT_SIGNS, ROW_BLOCK, TILE_BLOCK
+from nvfp4c.region import Axis, Form, Output, Region
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ROOT = Path(__file__).parent.parent
@@ -125,7 +126,8 @@ import torch
 from nvfp4c.codegen.targets import kernel_table, resolve
 x = torch.ones(2, 16)
 table = kernel_table(resolve("auto", x.device))
-assert table.product(x, x).tolist() == [[16.0, 16.0]] * 2
+amax = torch.tensor(2688.0)
+assert table.product(x, x, amax, amax, None, torch.float32).tolist() == [[16.0, 16.0]] * 2
 """
     run = python(code)
     assert run.returncode == 0, run.stderr
@@ -183,33 +185,45 @@ def test_cpu_product_is_that_of_scaled_mm() -> None:
         x_amax, w_amax = dialect.AMAX(x), dialect.AMAX(weight)
         packed_x = dialect.QUANTIZE(x, x_amax, ROW_BLOCK, "nearest")
         packed_w = dialect.QUANTIZE(weight, w_amax, TILE_BLOCK, "nearest")
-        product = table.product(*(dialect.DEQUANTIZE(*p, None, 37, torch.float32) for p in (packed_x, packed_w)))
+        operands = (dialect.DEQUANTIZE(*packed, None, 37, torch.float32) for packed in (packed_x, packed_w))
+        found = table.product(*operands, x_amax, w_amax, None, torch.float32)
         expected = dialect.SCALED_MM(*packed_x, x_amax, *packed_w, w_amax, 37, None, torch.float32)
-        found = dialect.scale_product(product, x_amax, w_amax, None, torch.float32)
         # Sums of the same 37 exact products in FP32, but the reference adds 11 zeros and may group terms otherwise:
         # 37 additions, each off by at most half an ulp (6e-8) of a partial sum below 37 * 16.
         torch.testing.assert_close(found, expected, rtol=0, atol=37 * 37 * 16 * 6e-8)
 
 
+EVERY_FORM = Region(
+    (
+        Output(Form.AMAX),
+        Output(Form.ROTATED, Axis.COLUMNS, signs=DEFAULT_SIGNS),
+        Output(Form.PACKED, Axis.COLUMNS, TILE_BLOCK, "stochastic"),
+        Output(Form.PACKED, signs=DEFAULT_SIGNS),
+        Output(Form.OPERAND),
+    )
+)
+
+
 @pytest.mark.parametrize("name", ["sm_80", "sm_89", "sm_90"])
 def test_gpu_tables_promise_what_the_dialect_does_for_any_size(name: str) -> None:
-    """On fake GPU tensors of symbolic sizes, so that no GPU is needed."""
+    """On fake tensors of symbolic sizes, so that no GPU is needed."""
     pytest.importorskip("triton", reason="no triton for this system")
     table = kernel_table(TARGETS[name])
     assert table.target == name and table.operand_dtype is torch.bfloat16
-    assert table.operand is None
+    assert table.region is not None
+    assert (table.hadamard, table.amax, table.quantize, table.operand) == (None,) * 4
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
         x = mode.from_tensor(torch.empty(20, 37), static_shapes=False)
-        amax = table.amax(x, DEFAULT_SIGNS)
-        quantize_args = (x, amax, [1, 16], "nearest", list(DEFAULT_SIGNS))
-        pairs = [
-            (amax, dialect.AMAX(x, DEFAULT_SIGNS)),
-            (table.hadamard(x, DEFAULT_SIGNS), dialect.HADAMARD(x, DEFAULT_SIGNS)),
-            *zip(table.quantize(*quantize_args), dialect.QUANTIZE(*quantize_args), strict=True),
-        ]
-        codes, scales = table.quantize(*quantize_args)
-        k = x.shape[1]
-        pairs.append((table.dequantize(codes, scales, k), dialect.DEQUANTIZE(codes, scales, None, k, torch.bfloat16)))
+        amax, seed = (mode.from_tensor(given) for given in (torch.tensor(3.0), torch.tensor(3)))
+        region = (x, [amax], seed, EVERY_FORM.to_json())
+        pairs = [*zip(table.region(*region), dialect.REGION(*region), strict=True)]
+        for turned in (x, x.mT):
+            codes, scales = dialect.QUANTIZE(turned, amax, [1, 16], "nearest")
+            k = turned.shape[1]
+            expected = dialect.DEQUANTIZE(codes, scales, None, k, torch.bfloat16)
+            pairs.append((table.dequantize(codes, scales, k), expected))
+            product = (expected, expected, amax, amax, None, torch.float16)
+            pairs.append((table.product(*product), dialect.PRODUCT(*product)))
         for found, expected in pairs:
             assert found.dtype is expected.dtype and found.device == expected.device
             assert tuple(map(str, found.shape)) == tuple(map(str, expected.shape))
@@ -217,22 +231,11 @@ def test_gpu_tables_promise_what_the_dialect_does_for_any_size(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", sorted(TARGETS))
-def test_every_entry_has_a_name_to_show(name: str) -> None:
+def test_every_table_has_what_lower_needs(name: str) -> None:
+    """One kernel for all of a matrix, or one for each operation; and names of what `explain` shows."""
     if name != "cpu":
         pytest.importorskip("triton", reason="no triton for this system")
     table = kernel_table(TARGETS[name])
-    entries = {"matmul", "hadamard", "amax", "quantize", "dequantize", "product"}
-    assert set(table.names) == (entries | {"operand"} if table.operand is not None else entries)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("batch", [(), (3,)])
-def test_gpu_product_accumulates_in_fp32(batch: tuple[int, ...]) -> None:
-    table = kernel_table(resolve("auto", GPU))
-    a, b = (torch.randn(*batch, rows, 64, device=GPU).bfloat16() for rows in (20, 36))
-    product = table.product(a, b)
-    assert product.dtype is torch.float32
-    exact = a.double() @ b.double().transpose(-1, -2)
-    # 64 exact products added in FP32, each addition off by half an ulp (6e-8) at most of a partial sum below 64 * 16.
-    torch.testing.assert_close(product.double(), exact, rtol=0, atol=64 * 64 * 16 * 6e-8)
+    apart = {entry for entry in ("hadamard", "amax", "quantize", "operand") if getattr(table, entry) is not None}
+    assert apart == (set() if table.region is not None else {"hadamard", "amax", "quantize", "operand"})
+    assert set(table.names) == {"matmul", "dequantize"}

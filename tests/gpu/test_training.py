@@ -29,8 +29,6 @@ pytestmark = [
 
 transformers = pytest.importorskip("transformers")
 
-SEED_VALUE = 1234
-
 
 class Block(nn.Module):
     """A residual MLP with a bias, a norm, and widths that are no whole number of blocks."""
@@ -79,8 +77,8 @@ def test_a_compiled_step_equals_the_interpreted_graph() -> None:
 
     In FP32 those are about 1e-7, which moves one code in a million across a tie: 1e-3 of the norm after a few products.
     In BF16 Inductor keeps FP32 between fused operations where the interpreter rounds, a difference of 2^-8; each
-    quantiser makes noise of its own size from that, so whole steps cannot be compared, and the test above compares
-    every quantiser on equal arguments instead.
+    quantiser makes noise of its own size from that, so whole steps cannot be compared, and kernels/test_step.py
+    compares every kernel on equal arguments instead.
     """
     torch.manual_seed(0)
     model = Model().cuda()
@@ -170,6 +168,40 @@ def test_transformers_train(make: Callable[[], nn.Module]) -> None:
         rows = [row for row in linear if row.role == role]
         converted = sum(row.operations for row in rows if row.precision == "nvfp4")
         assert converted > 0.99 * sum(row.operations for row in rows)
+
+
+class Plain(nn.Module):
+    """Two layers whose results do not depend on how anything around the products is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(256, 512, bias=False), nn.Linear(512, 256, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes_of_inductor_do_not_change_numbers(mode: str) -> None:
+    """With CUDA graphs and with autotuning, also when a graph is replayed on other data."""
+    torch.manual_seed(0)
+    model = Plain().cuda().bfloat16()
+    inputs = [torch.randn(128, 256, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    recipe = replace(RECIPES["nvfp4-all"], gradient_rounding="nearest")
+
+    def steps(mode: str) -> list[Tensor]:
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="nvfp4", options={"recipe": recipe, "mode": mode})
+        found = []
+        for x in inputs:
+            torch.compiler.cudagraph_mark_step_begin()
+            output = compiled(x)
+            output.backward(x)
+            found += [output.detach().clone(), *(parameter.grad.clone() for parameter in model.parameters())]
+            model.zero_grad()
+        return found
+
+    assert all(torch.equal(one, other) for one, other in zip(steps(mode), steps("default"), strict=True))
 
 
 def test_stochastic_rounding_follows_the_seed() -> None:
