@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor
 SONAMES = ("libcublasLt.so.13", "libcublasLt.so.12")
 WORKSPACE_BYTES = 32 << 20
 """What torch gives cuBLAS on Hopper."""
+
+PLANS_KEPT = 4096
+"""Of how many problems the plan is remembered: sizes may be dynamic."""
 
 COMPUTE_32F = 68
 TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
@@ -132,7 +135,7 @@ def _layout(dtype: torch.dtype, matrix: Matrix) -> ctypes.c_void_p:
     return layout
 
 
-@cache
+@lru_cache(maxsize=PLANS_KEPT)
 def _plan(
     device: torch.device,
     a: tuple[Strides, Strides],

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -38,6 +38,9 @@ E4M3_CAPABILITY = (8, 9)
 
 UNPACK_TILE = Tile(groups=2, columns=128, warps=4)
 
+
+SHAPES_KEPT = 4096
+"""Of how many regions and shapes the launches are remembered: sizes may be dynamic."""
 
 PROGRAMS = 2048
 """At least this many, where there is as much to do: some 15 for each multiprocessor of the largest chips."""
@@ -90,8 +93,12 @@ def prepare(
     device: torch.device,
     tile: Tile | None = None,
     steps: int | None = None,
+    capability: tuple[int, int] | None = None,
 ) -> Launch:
-    """The launch of a region on such a tensor. tile, steps: what a program handles, chosen here if None."""
+    """The launch of a region on such a tensor. tile, steps: what a program handles, chosen here if None.
+
+    capability: of a GPU that need not be there; asked of `device` if None.
+    """
     x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
     batch = _as_batch(x, region)
     count, rows, columns = batch.shape
@@ -99,7 +106,7 @@ def prepare(
     steps = steps or steps_of(tile, batch.shape)
     height = BLOCK * tile.groups * steps
     even = rows % height == 0 and columns % tile.columns == 0
-    native = not INTERPRETED and torch.cuda.get_device_capability(device) >= E4M3_CAPABILITY
+    native = not INTERPRETED and (capability or torch.cuda.get_device_capability(device)) >= E4M3_CAPABILITY
     return Launch(
         region=region,
         programs=count * triton.cdiv(rows, height) * triton.cdiv(columns, tile.columns),
@@ -112,7 +119,7 @@ def prepare(
     )
 
 
-@cache
+@lru_cache(maxsize=SHAPES_KEPT)
 def _prepared(
     text: str, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Launch:
