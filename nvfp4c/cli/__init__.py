@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from nvfp4c.cli.bench import bench
 from nvfp4c.cli.doctor import doctor
+from nvfp4c.cli.emit import emit
 from nvfp4c.cli.explain import explain
 from nvfp4c.cli.quickstart import quickstart
 from nvfp4c.errors import Nvfp4Error
@@ -50,7 +51,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help='Train and run PyTorch models in 4-bit NVFP4, with torch.compile(model, backend="nvfp4").',
 )
-for command in (quickstart, doctor, explain):
+for command in (quickstart, doctor, explain, emit):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

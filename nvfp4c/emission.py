@@ -1,0 +1,376 @@
+"""Every kernel that a compiled model would launch on a GPU that need not be there: its source, its PTX, what it takes.
+
+    task ── capture ── passes ── the partitioner ── fuse ── what each node launches ── Triton, ahead of time ── folder
+
+Kernels are specialised as a launch would do it: by types, by tile, by sizes that are 1 or multiples of 16. Calls that
+share all of that are uses of one kernel.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import os
+import re
+import shutil
+import tempfile
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor, fx
+
+from nvfp4c import options as option_parsing
+from nvfp4c.codegen import block_scaled_gemm, emit, kernels, operations
+from nvfp4c.codegen.assembly import Assembly, assemble
+from nvfp4c.codegen.targets import TARGETS
+from nvfp4c.dialect import DEQUANTIZE, PRODUCT, REGION, arguments
+from nvfp4c.errors import OptionError, TargetError, nearest
+from nvfp4c.fused_graphs import Half, fused_graphs, sites
+from nvfp4c.region import Region
+from nvfp4c.tasks import Task
+
+BLACKWELL = tuple(block_scaled_gemm.TILES)
+GPUS = (*(target.name for target in TARGETS.values() if target.capability), *BLACKWELL)
+NOTE = (
+    "On {target} the compiler today runs the kernels of sm_90, which emulate FP4. The product on the FP4 tensor cores "
+    "is emitted too, but is not yet called by compiled models."
+)
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*u8",  # scales are handed over as bytes
+}
+E4M3 = re.compile(r"cvt\.r[ns]\.[\w.]*e4m3x\d[\w.]*")
+DIVISOR = 16
+"""Triton compiles anew for an int that is a multiple of it, as it does for an int of 1."""
+
+SUMMARY = "summary.json"
+Watch = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and of how much."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """A node that launches a kernel. shape: of what it reads. sites: `site role` of the matmuls that it serves."""
+
+    graph: str
+    node: str
+    shape: str
+    sites: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.graph}: {self.node} on {self.shape}, for {', '.join(self.sites)}"
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A kernel specialised for a launch. types, constants: of its arguments, by name. aligned: multiples of 16."""
+
+    stem: str
+    kernel: Any
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]
+    warps: int
+    source: str
+    computes: str
+    called: bool = True
+
+    def assemble(self, target: str) -> Assembly:
+        return assemble(
+            self.kernel,
+            target,
+            dict(self.types),
+            dict(self.constants),
+            aligned=self.aligned,
+            num_warps=self.warps,
+        )
+
+    @property
+    def specialisation(self) -> tuple[str, ...]:
+        """What the kernel is compiled for: each of its arguments."""
+        given = (f"{name}: {kind}" + f", a multiple of {DIVISOR}" * (name in self.aligned) for name, kind in self.types)
+        return (*given, *(f"{name} = {value}" for name, value in self.constants), f"{self.warps} warps")
+
+
+@dataclass(frozen=True)
+class NativeProduct:
+    """The product on FP4 tensor cores, which no compiled model calls yet."""
+
+    out_dtype: torch.dtype
+    bias_dtype: torch.dtype | None
+    stem: str = "block_scaled_gemm"
+    called: bool = False
+
+    @property
+    def source(self) -> str:
+        return inspect.getsource(block_scaled_gemm)
+
+    @property
+    def computes(self) -> str:
+        return "the product on FP4 tensor cores; not yet called by compiled models"
+
+    @property
+    def specialisation(self) -> tuple[str, ...]:
+        bias = f"a bias in {_name(self.bias_dtype)}" if self.bias_dtype else "no bias"
+        return (f"a result in {_name(self.out_dtype)}", bias)
+
+    def assemble(self, target: str) -> Assembly:
+        return block_scaled_gemm.assemble_gemm(target, self.out_dtype, self.bias_dtype)
+
+
+Program = Launched | NativeProduct
+
+
+@dataclass(frozen=True)
+class EmittedKernel:
+    """A line of the summary. name: of its two files, without their endings. spills: bytes. shared_bytes: a program's.
+
+    called: whether compiled models launch it today. specialisation: what it was compiled for, in words.
+    mma, conversions: kinds of instructions found in the PTX.
+    """
+
+    name: str
+    computes: str
+    called: bool
+    specialisation: tuple[str, ...]
+    uses: tuple[Use, ...]
+    registers: int
+    shared_bytes: int
+    spills: int
+    mma: tuple[str, ...]
+    conversions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Emission:
+    """What `summary.json` holds. note: what is particular about the target, "" for nothing."""
+
+    task: str
+    target: str
+    recipe: str
+    note: str
+    graphs: tuple[str, ...]
+    versions: Mapping[str, str]
+    kernels: tuple[EmittedKernel, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def emit_task(
+    task: Task, target: str, out: Path, recipe: object = None, plan: object = None, watch: Watch | None = None
+) -> Emission:
+    """Write every kernel of a task for a target such as "sm_90" into the new folder `out`; no GPU is needed.
+
+    A task with a loss is emitted as in training, else as in inference. The model is run once, uncompiled. Each kernel
+    becomes NN-name.py and NN-name.ptx, and the folder appears whole or not at all. Raises OptionError for a target that
+    does not exist or a folder that holds files, TargetError for the CPU, and what the backend would raise.
+    """
+    watch = watch or (lambda what, done, of: None)
+    check_target(target)
+    given = {"plan": plan} if recipe is None else {"plan": plan, "recipe": recipe}
+    options = option_parsing.parse(given)
+    with whole_folder(out) as folder:
+        watch("capturing", 0, 1)
+        halves = fused_graphs(task, options)
+        gathered = programs(halves, target)
+        found = []
+        for number, (program, uses) in enumerate(gathered.items()):
+            watch(f"compiling for {target}", number, len(gathered))
+            name = f"{number + 1:02d}-{program.stem}"
+            assembly = program.assemble(target)
+            (folder / f"{name}.py").write_text(header(program, uses, target) + program.source, encoding="utf-8")
+            (folder / f"{name}.ptx").write_text(assembly.ptx, encoding="utf-8")
+            found.append(_emitted(name, program, uses, assembly))
+        emission = Emission(
+            task=task.name,
+            target=target,
+            recipe=options.recipe.name,
+            note=NOTE.format(target=target) if target in BLACKWELL else "",
+            graphs=tuple(half.title for half in halves),
+            versions={"torch": torch.__version__, "triton": triton.__version__},
+            kernels=tuple(found),
+        )
+        (folder / SUMMARY).write_text(emission.to_json(), encoding="utf-8")
+    return emission
+
+
+def check_target(name: str) -> None:
+    """Raise OptionError for what is no target's name, TargetError for the CPU, and in Triton's interpreter."""
+    if operations.INTERPRETED:
+        raise TargetError("Triton's interpreter does not compile; unset TRITON_INTERPRET and start anew")
+    if name == "cpu":
+        raise TargetError(
+            f"target 'cpu' has no emitted kernels, since Inductor writes its code; name a GPU: {', '.join(GPUS)}"
+        )
+    if name not in GPUS:
+        raise OptionError(f"no GPU target is called {name!r}; {nearest(name, GPUS)} (valid: {', '.join(GPUS)})")
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `path` at the end, or vanishes where the end is not reached.
+
+    Raises OptionError where `path` is a file or holds files, or where nothing can be written beside it.
+    """
+    path = path.absolute()
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise OptionError(f"{path} exists and is not an empty folder; choose another one, or remove it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise OptionError(f"cannot write to {path}: {error.strerror}; choose another folder") from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
+
+
+def programs(halves: Sequence[Half], target: str) -> dict[Program, list[Use]]:
+    """What the graphs launch on a target, each distinct kernel with its uses, in the order of the first of them."""
+    number = int(target.removeprefix("sm_"))
+    capability = (number // 10, number % 10)
+    found: dict[Program, list[Use]] = defaultdict(list)
+    products: dict[Program, list[Use]] = defaultdict(list)
+    for half in halves:
+        for node in half.graph.nodes:
+            program = None
+            if node.target is REGION:
+                program = _region(node, capability)
+            elif node.target is DEQUANTIZE:
+                program = _unpacking(node)
+            if program is not None:
+                found[program].append(_use(half, node))
+            elif node.target is PRODUCT and target in BLACKWELL:
+                bias = arguments(node)[4]
+                native = NativeProduct(arguments(node)[5], None if bias is None else bias.meta["val"].dtype)
+                products[native].append(_use(half, node))
+    return found | products
+
+
+def _region(node: fx.Node, capability: tuple[int, int]) -> Launched | None:
+    """What `operations.region` launches; None for an empty matrix."""
+    matrix, _, seed, text = arguments(node)
+    region, x = Region.from_json(text), matrix.meta["val"]
+    device = torch.device("cuda")
+    launch = operations.prepare(region, _numbers(x.shape), _numbers(x.stride()), x.dtype, device, capability=capability)
+    if not launch.programs:
+        return None
+    given = (
+        x.dtype,
+        *[torch.float32] * region.amax_count,
+        None if seed is None else torch.int64,
+        *(dtype for _, dtype, _ in launch.buffers),
+        *launch.numbers,
+    )
+    source = emit.emit(region).source
+    title = (ast.get_docstring(ast.parse(source)) or "").removeprefix("Emitted by nvfp4c: ").removesuffix(".")
+    stem = "_".join(dict.fromkeys(output.form.value for output in region.outputs))
+    constants = dict(zip(emit.CONSTANTS, launch.constants, strict=True))
+    return _launched(stem, operations.emitted(region), given, constants, launch.warps, source, title)
+
+
+def _unpacking(node: fx.Node) -> Launched | None:
+    """What `operations.dequantized` launches; None for an empty matrix."""
+    codes, values = arguments(node)[0].meta["val"], node.meta["val"]
+    down = codes.stride(-1) != 1
+    *_, rows, columns = _numbers((values.mT if down else values).shape)
+    if 0 in _numbers(values.shape):
+        return None
+    kernel = kernels.unpack_columns if down else kernels.unpack_rows
+    tile = operations.UNPACK_TILE
+    given = (torch.uint8, torch.uint8, torch.bfloat16, rows, columns)
+    constants = {"GROUPS": tile.groups, "COLUMNS": tile.columns}
+    title = f"code * scale, of blocks {'down the columns' if down else 'along the rows'}"
+    return _launched(kernel.__name__, kernel, given, constants, tile.warps, inspect.getsource(kernels), title)
+
+
+def _launched(
+    stem: str,
+    kernel: Any,
+    given: Sequence[torch.dtype | int | None],
+    constants: Mapping[str, Any],
+    warps: int,
+    source: str,
+    computes: str,
+) -> Launched:
+    """A kernel specialised for its first arguments, a type standing for a tensor, as Triton does it in a launch."""
+    types: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    aligned = []
+    for parameter, value in zip(kernel.params, given, strict=False):
+        special = not parameter.do_not_specialize
+        if isinstance(value, torch.dtype):
+            types[parameter.name] = POINTERS[value]
+        elif value is None or (value == 1 and special):
+            values[parameter.name] = value
+        else:
+            types[parameter.name] = "i32" if value < 1 << 31 else "i64"
+            if value % DIVISOR == 0 and special:
+                aligned.append(parameter.name)
+    constant = (*values.items(), *constants.items())
+    return Launched(stem, kernel, tuple(types.items()), constant, tuple(aligned), warps, source, computes)
+
+
+def _numbers(sizes: Sequence[int | torch.SymInt]) -> tuple[int, ...]:
+    """Sizes, symbolic ones at their example values."""
+    return tuple(int(size.node.hint) if isinstance(size, torch.SymInt) else size for size in sizes)
+
+
+def _use(half: Half, node: fx.Node) -> Use:
+    reads = arguments(node)[:2] if node.target is PRODUCT else arguments(node)[:1]
+    return Use(half.title, node.name, " and ".join(_shape(read.meta["val"]) for read in reads), sites(half, node))
+
+
+def _shape(value: Tensor) -> str:
+    return f"{_name(value.dtype)} {list(_numbers(value.shape))}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def header(program: Program, uses: Sequence[Use], target: str) -> str:
+    """The comment above a source: what was compiled, and the graph nodes that it came from."""
+    lines = [
+        f"Compiled for {target} by nvfp4c emit: {program.computes}.",
+        "",
+        "Specialised for:",
+        *textwrap.wrap("; ".join(program.specialisation), 110, initial_indent="  ", subsequent_indent="  "),
+        "",
+        "Launched by:" if program.called else "It computes what these nodes do:",
+        *(f"  {use}" for use in uses),
+    ]
+    return "".join(f"# {line}".rstrip() + "\n" for line in lines) + "\n"
+
+
+def _emitted(name: str, program: Program, uses: Sequence[Use], assembly: Assembly) -> EmittedKernel:
+    return EmittedKernel(
+        name=name,
+        computes=program.computes,
+        called=program.called,
+        specialisation=program.specialisation,
+        uses=tuple(uses),
+        registers=assembly.registers,
+        shared_bytes=assembly.shared_bytes,
+        spills=assembly.spills,
+        mma=tuple(sorted(assembly.mma)),
+        conversions=tuple(sorted(assembly.conversions | set(E4M3.findall(assembly.ptx)))),
+    )
