@@ -143,18 +143,18 @@ def e2m1_rounded(y):
 
 
 @triton.jit
-def _stochastic_bits(magnitude, random):
-    """Bits of E2M1 magnitudes, plus 1 where `magnitude` is below 1: there they are 0.5 apart just as above 1."""
-    lifted = tl.where(magnitude < 1.0, magnitude + 1.0, magnitude)
+def _stochastic_bits(magnitude, lift, random):
+    """Bits of E2M1 magnitudes, plus `lift`: 1 below 1, so that they are 0.5 apart there just as above 1, else 0."""
     # One fraction bit is kept. Up goes what exceeds (random + 0.5) / 256 of the gap, which is 2^22 in these units.
-    return (float_bits(lifted) + (0x3FDFFF - (random << 14))) & -0x400000
+    return (float_bits(magnitude + lift) + (0x3FDFFF - (random << 14))) & -0x400000
 
 
 @triton.jit
 def e2m1_stochastic_code(y, random):
     """E2M1 code (int32) of float32 y clamped to [-6, 6], rounded up or down by a random byte: see `encode_e2m1`."""
     magnitude = tl.minimum(tl.abs(y), E2M1_MAX)
-    code = (_stochastic_bits(magnitude, random) >> 22) - tl.where(magnitude < 1.0, 254, 252)
+    small = magnitude < 1.0
+    code = (_stochastic_bits(magnitude, small.to(tl.float32), random) >> 22) - tl.where(small, 254, 252)
     return code + tl.where(y < 0, 8, 0)
 
 
@@ -162,7 +162,8 @@ def e2m1_stochastic_code(y, random):
 def e2m1_stochastic_rounded(y, random):
     """The value of `e2m1_stochastic_code`, float32."""
     magnitude = tl.minimum(tl.abs(y), E2M1_MAX)
-    value = bits_float(_stochastic_bits(magnitude, random)) - tl.where(magnitude < 1.0, 1.0, 0.0)
+    lift = (magnitude < 1.0).to(tl.float32)
+    value = bits_float(_stochastic_bits(magnitude, lift, random)) - lift
     return bits_float(float_bits(value) | (float_bits(y) & -0x80000000))
 
 
@@ -229,6 +230,22 @@ def random_words(seed, block, stream):
     high = (block >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)
     return tl.philox(seed, low, high, zero + stream.to(tl.uint32), zero, n_rounds=ROUNDS)
+
+
+@triton.jit
+def spread_like(number, like):
+    """int32 `number`, unchanged, but spread over threads as the float32 tile `like` is.
+
+    What is computed from places alone Triton spreads as it pleases, and would pass sixteen tiles of random bytes
+    between threads, with two barriers each. An assembly instruction, of which it knows nothing, ties it to `like`.
+    """
+    if INTERPRETED:
+        spread = number
+    else:
+        spread = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r,f", [number, like], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return spread
 
 
 @triton.jit

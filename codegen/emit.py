@@ -1,10 +1,13 @@
 """From a region to the Triton source of one kernel. Pure: text out, nothing compiled or launched.
 
-A program handles STEPS tiles of 16 * GROUPS rows and COLUMNS columns of one matrix of a batch, each in up to two parts:
+A program handles a tile of 16 * GROUPS rows and COLUMNS columns of one matrix of a batch, in up to two parts:
 
 - down the columns: sixteen named tiles `x0`..`x15` [GROUPS, COLUMNS] hold the rows of each group of 16, so a block lies
   in one thread, its butterfly is 64 additions, and no transposed copy is made: rows stay contiguous in memory.
 - along the rows: one tile [R, B, 16] of B blocks; the second part's loads hit the cache.
+
+A loop over several tiles would share what a program does once, but the addresses it keeps across turns take twice the
+registers, so half the programs would run at a time.
 
 Every output is laid out like the input: what belongs to blocks down the columns is the transpose of what the dialect
 calls codes, scales and operand, and the reader turns it.
@@ -42,6 +45,7 @@ from nvfp4c.codegen.device_math import (
     random_words,
     rotate,
     rotated,
+    spread_like,
     store,
     to_bfloat16,
     to_float32,
@@ -51,14 +55,14 @@ from nvfp4c.codegen.kernels import tile_place
 '''
 
 
-CONSTANTS = ("GROUPS", "COLUMNS", "STEPS", "WIDTH", "EVEN", "NATIVE")
-"""Of every emitted kernel: the tile, how many of them a program handles one below the other, how many elements along
-a row a thread loads at a time, whether no tile reaches beyond the matrix, and whether the chip converts to E4M3."""
+CONSTANTS = ("GROUPS", "COLUMNS", "WIDTH", "EVEN", "NATIVE")
+"""Of every emitted kernel: the tile, how many elements along a row a thread loads at a time, whether no tile reaches
+beyond the matrix, and whether the chip converts to E4M3."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program handles at a time: 16 * groups rows and `columns` columns, with `warps` warps."""
+    """What a program handles: 16 * groups rows and `columns` columns, with `warps` warps."""
 
     groups: int
     columns: int
@@ -79,19 +83,7 @@ def emit(region: Region) -> Kernel:
     places = list(enumerate(region.outputs))
     down = [(place, output) for place, output in places if _is_down(output)]
     along = [(place, output) for place, output in places if not _is_down(output)]
-    step = [
-        "first_row = start_row + step * (16 * GROUPS)",
-        "rows_left = tl.minimum(rows - first_row, 16 * GROUPS).to(tl.int32)",
-        "origin = x + batch * batch_stride + first_row * row_stride + first_column",
-        *(_down(down) if down else []),
-        *(_along(along) if along else []),
-    ]
-    body = [
-        *_before(region),
-        "for step in range(STEPS):",
-        *(f"    {line}" for line in step),
-        *(f"raise_amax(amax{place}, best{place})" for place, output in places if output.form is Form.AMAX),
-    ]
+    body = [*_before(region), *(_down(down) if down else []), *(_along(along) if along else [])]
     buffers = tuple(name for place, output in places for name in _buffers(place, output))
     streams = [f"stream{place}" for place, output in places if output.stochastic]
     arguments = ["x", *(f"a{place}" for place in range(region.amax_count)), "seed", *buffers]
@@ -127,29 +119,24 @@ def _buffers(place: int, output: Output) -> list[str]:
 
 
 def _before(region: Region) -> list[str]:
-    """What a program does once, before the first of its tiles."""
+    """What both parts need."""
     lines = [
-        "batch, start_row, first_column = tile_place(rows, columns, GROUPS * STEPS, COLUMNS)",
+        "batch, first_row, first_column = tile_place(rows, columns, GROUPS, COLUMNS)",
+        "rows_left = tl.minimum(rows - first_row, 16 * GROUPS).to(tl.int32)",
         "columns_left = tl.minimum(columns - first_column, COLUMNS).to(tl.int32)",
-        "group = tl.arange(0, GROUPS)[:, None]",
-        "column = tl.arange(0, COLUMNS)[None, :]",
-        "in_columns = column < columns_left",
-        "row = tl.arange(0, 16 * GROUPS)[:, None]",
-        "block_of = tl.arange(0, COLUMNS // 16)[None, :]",
-        "blocks = tl.cdiv(columns, 16)",
+        "origin = x + batch * batch_stride + first_row * row_stride + first_column",
+        *(f"encode{place} = encode_scale(tl.load(a{place}))" for place in range(region.amax_count)),
     ]
-    lines += [f"encode{place} = encode_scale(tl.load(a{place}))" for place in range(region.amax_count)]
-    if any(output.stochastic for output in region.outputs):
-        lines += ["key = tl.load(seed)"]
-    for place, output in enumerate(region.outputs):
-        if output.form is Form.AMAX:
-            shape = "[GROUPS, COLUMNS]" if _is_down(output) else "[16 * GROUPS, COLUMNS // 16]"
-            lines += [f"best{place} = tl.zeros({shape}, tl.int32)"]
-    return lines
+    return [*lines, "key = tl.load(seed)"] if any(output.stochastic for output in region.outputs) else lines
 
 
 def _down(outputs: list[tuple[int, Output]]) -> list[str]:
     lines = [
+        "group = tl.arange(0, GROUPS)[:, None]",
+        "column = tl.arange(0, COLUMNS)[None, :]",
+        "in_columns = column < columns_left",
+    ]
+    lines += [
         f"x{i} = load_line(origin + (16 * group + {i}) * row_stride + column, "
         f"(16 * group + {i} < rows_left) & in_columns, EVEN)"
         for i in range(BLOCK)
@@ -165,7 +152,7 @@ def _down(outputs: list[tuple[int, Output]]) -> list[str]:
         if signs is not None:
             # Rounding is monotonic, so the largest of the rounded sums is the rounded largest sum.
             lines += ["largest, _ = rotated(largest, largest)"]
-        lines += [f"best{place} = tl.maximum(best{place}, float_bits(largest))" for place in amaxes]
+        lines += [f"raise_amax(amax{place}, float_bits(largest))" for place in amaxes]
         quantised = [(place, output) for place, output in chosen if output.quantised]
         turned = [place for place, output in chosen if output.form is Form.ROTATED]
         if signs is not None and (quantised or turned):
@@ -219,7 +206,8 @@ def _down_quantised(place: int, output: Output) -> list[str]:
     lines += [f"scale, multiplier = block_scale(block, encode{output.amax}, NATIVE)"]
     if output.stochastic:
         lines += [
-            "number = (batch * columns + first_column + column) * tl.cdiv(rows, 16) + (first_row // 16 + group)",
+            "number = (batch * columns + first_column + spread_like(column + 0 * group, largest)) * tl.cdiv(rows, 16)",
+            "number += first_row // 16 + spread_like(group + 0 * column, largest)",
             f"w0, w1, w2, w3 = random_words(key, number, stream{place})",
         ]
 
@@ -254,6 +242,9 @@ def _out(buffer: str, height: str, width: str, first: str) -> str:
 
 def _along(outputs: list[tuple[int, Output]]) -> list[str]:
     lines = [
+        "row = tl.arange(0, 16 * GROUPS)[:, None]",
+        "block_of = tl.arange(0, COLUMNS // 16)[None, :]",
+        "blocks = tl.cdiv(columns, 16)",
         "found = load_blocks(origin, row, block_of, rows_left, columns_left, row_stride, 0, 16, WIDTH, EVEN)",
         "values = to_float32(found)",
         "here = (row < rows_left) & (16 * block_of < columns_left)",
@@ -269,7 +260,7 @@ def _along(outputs: list[tuple[int, Output]]) -> list[str]:
         lines += [f"tops = tl.max(float_bits({name}) & 0x7FFFFFFF, 2)"]
         for place, output in chosen:
             if output.form is Form.AMAX:
-                lines += [f"best{place} = tl.maximum(best{place}, tops)"]
+                lines += [f"raise_amax(amax{place}, tops)"]
             elif output.form is Form.ROTATED:
                 lines += _along_stored(f"rotated{place}", name, whole=True)
             else:

@@ -42,9 +42,6 @@ UNPACK_TILE = Tile(groups=2, columns=128, warps=4)
 SHAPES_KEPT = 4096
 """Of how many regions and shapes the launches are remembered: sizes may be dynamic."""
 
-PROGRAMS = 2048
-"""At least this many, where there is as much to do: some 15 for each multiprocessor of the largest chips."""
-
 
 @cache
 def emitted(region: Region) -> Any:
@@ -60,12 +57,6 @@ def tile_of(region: Region) -> Tile:
     """
     random = any(output.stochastic for output in region.outputs)
     return Tile(groups=2, columns=128, warps=4) if random else Tile(groups=2, columns=256, warps=4)
-
-
-def steps_of(tile: Tile, shape: Sequence[int]) -> int:
-    """How many tiles a program of a batch [B, M, K] should handle, so that what it does once is shared by them."""
-    programs = shape[0] * triton.cdiv(shape[1], BLOCK * tile.groups) * triton.cdiv(shape[2], tile.columns)
-    return next((steps for steps in (4, 2) if programs >= steps * PROGRAMS), 1)
 
 
 @dataclass(frozen=True)
@@ -92,10 +83,9 @@ def prepare(
     dtype: torch.dtype,
     device: torch.device,
     tile: Tile | None = None,
-    steps: int | None = None,
     capability: tuple[int, int] | None = None,
 ) -> Launch:
-    """The launch of a region on such a tensor. tile, steps: what a program handles, chosen here if None.
+    """The launch of a region on such a tensor. tile: what a program handles, chosen here if None.
 
     capability: of a GPU that need not be there; asked of `device` if None.
     """
@@ -103,8 +93,7 @@ def prepare(
     batch = _as_batch(x, region)
     count, rows, columns = batch.shape
     tile = tile or tile_of(region)
-    steps = steps or steps_of(tile, batch.shape)
-    height = BLOCK * tile.groups * steps
+    height = BLOCK * tile.groups
     even = rows % height == 0 and columns % tile.columns == 0
     native = not INTERPRETED and (capability or torch.cuda.get_device_capability(device)) >= E4M3_CAPABILITY
     return Launch(
@@ -114,7 +103,7 @@ def prepare(
             (shape, dtype, output.form is Form.AMAX) for output in region.outputs for shape, dtype in shapes(output, x)
         ),
         numbers=(rows, columns, *batch.stride()[:2], *(o.stream for o in region.outputs if o.stochastic)),
-        constants=(tile.groups, tile.columns, steps, LOAD_BYTES // dtype.itemsize, even, native),
+        constants=(tile.groups, tile.columns, LOAD_BYTES // dtype.itemsize, even, native),
         warps=tile.warps,
     )
 

@@ -12,7 +12,7 @@ from torch._inductor.compile_fx import fake_tensor_prop
 
 from nvfp4c import pipeline
 from nvfp4c.capture import CapturedGraph, capture
-from nvfp4c.dialect import MATMUL, PRODUCT, SCALED_MM, Stage, arguments, matmul_of
+from nvfp4c.dialect import Stage, arguments, matmul_of
 from nvfp4c.options import Options
 from nvfp4c.passes.fuse import fuse
 from nvfp4c.passes.graph_edit import backward_nodes
@@ -81,7 +81,7 @@ def _results(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _fuse(module: fx.GraphModule, given: Mapping[str, fx.Node]) -> None:
-    """The pass of that name, whose products stay known as the matmuls that they stand for.
+    """The pass of that name.
 
     given: what an input is in another graph, by its name. As in Inductor, values are derived anew first: strides too
     are then those of what is really saved.
@@ -90,11 +90,7 @@ def _fuse(module: fx.GraphModule, given: Mapping[str, fx.Node]) -> None:
     graph.eliminate_dead_code()
     inputs = [given.get(node.name, node).meta["val"] for node in graph.find_nodes(op="placeholder")]
     fake_tensor_prop(module, inputs, force_allow_non_fake_inputs=True)
-    matmuls = [node.meta[MATMUL] for node in graph.find_nodes(op="call_function", target=SCALED_MM)]
     pipeline.run(graph, (FUSE,), "emit")
-    products = graph.find_nodes(op="call_function", target=PRODUCT)
-    for product, matmul in zip(products, matmuls, strict=True):
-        product.meta[MATMUL] = matmul
 
 
 def sites(half: Half, node: fx.Node) -> tuple[str, ...]:

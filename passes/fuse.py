@@ -30,8 +30,10 @@ from torch import fx
 
 from nvfp4c.dialect import (
     AMAX,
+    ASSIGNMENT,
     DEQUANTIZE,
     HADAMARD,
+    MATMUL,
     PRODUCT,
     QUANTIZE,
     REGION,
@@ -108,6 +110,13 @@ def _source(node: fx.Node) -> _Source:
     return _Source(given[0], Axis.ROWS, signs) if base is None else _Source(base, Axis.COLUMNS, signs)
 
 
+def _form(node: fx.Node) -> tuple[bool, bool]:
+    """Sorts what is computed from one matrix, so that equal sets of outputs give equal kernels."""
+    source = _source(node)
+    plain = source.signs is None
+    return source.axis is Axis.COLUMNS and not (plain and node.target is AMAX), not plain
+
+
 @dataclass
 class _Fusing:
     """The work on one graph.
@@ -134,7 +143,8 @@ class _Fusing:
             other = rotated.get(arrangement_base(source.matrix)) if source.signs is None else None
             same = other is not None and self.order[other] < self.order[node]
             groups[other if other is not None and same else source.matrix].append(node)
-        for matrix, members in groups.items():
+        for matrix, found in groups.items():
+            members = sorted(found, key=_form)
             outputs = []
             for node in members:
                 source = _source(node)
@@ -163,6 +173,7 @@ class _Fusing:
             while waiting:
                 where = self._first(waiting[0])
                 ready = [node for node in waiting if self.order[arguments(node)[1]] <= self.order[where]]
+                ready.sort(key=_form)
                 self._quantize(matrix, ready, where)
                 waiting = [node for node in waiting if node not in ready]
 
@@ -207,6 +218,9 @@ class _Fusing:
             a, b = self._operand(a_codes, a_scales, k, node), self._operand(b_codes, b_scales, k, node)
             with self.graph.inserting_before(node):
                 product = insert(self.graph, PRODUCT, (a, b, a_amax, b_amax, bias, dtype), node)
+            for key in (MATMUL, ASSIGNMENT):
+                if key in node.meta:
+                    product.meta[key] = node.meta[key]
             node.replace_all_uses_with(product)
         made = set(self.operands.values())
         for node in self.graph.find_nodes(op="call_function", target=DEQUANTIZE):

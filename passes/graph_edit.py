@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -74,15 +76,25 @@ def insert(
 ) -> fx.Node:
     """A call at the graph's insertion point, its value derived by running it on the arguments' fake tensors."""
     node = graph.create_node("call_function", target, tuple(args), dict(kwargs or {}))
-    fake_mode = detect_fake_mode([*map(value, args), like.meta.get("val")])
-    assert callable(target)
-    if fake_mode is None:
-        node.meta["val"] = target(*value(tuple(args)), **value(dict(kwargs or {})))
-    else:
-        with fake_mode:
-            node.meta["val"] = target(*value(tuple(args)), **value(dict(kwargs or {})))
     copy_origin(node, like)
+    node.meta["val"] = _derived(node, like)
     return node
+
+
+def refresh(node: fx.Node) -> None:
+    """Derive the value of a node anew, and of its parts, after its arguments were changed."""
+    node.meta["val"] = _derived(node, node)
+    for user in node.users:
+        if user.target is operator.getitem:
+            user.meta["val"] = node.meta["val"][arguments(user)[1]]
+
+
+def _derived(node: fx.Node, like: fx.Node) -> Any:
+    """What a node gives on the fake tensors of its arguments. like: holds a fake tensor if those do not."""
+    assert callable(node.target)
+    args, kwargs = value(tuple(arguments(node))), value(dict(node.kwargs))
+    with detect_fake_mode([*args, like.meta.get("val")]) or nullcontext():
+        return node.target(*args, **kwargs)
 
 
 def copy_origin(node: fx.Node, like: fx.Node) -> None:

@@ -1,4 +1,4 @@
-"""Tell the partitioner what each new node belongs to: forward or backward, saved or recomputed. FUSED -> FUSED.
+"""Tell the partitioner what each new node belongs to: forward or backward, saved or recomputed. SCALED -> SCALED.
 
 - A node that depends on no tangent is a forward node, also when only a weight gradient needs it: then the partitioner
   may compute it in the forward pass and save packed codes (4.5 bits an element) instead of the tensor itself (16 bits).

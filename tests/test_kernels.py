@@ -109,7 +109,7 @@ def assembled(region: Region, target: str, x: str = "bf16", even: bool = True, *
     """
     kernel, tile = emitted(region), tile_of(region)
     native = target >= "sm_{}{}".format(*E4M3_CAPABILITY)
-    values = (tile.groups, tile.columns, 2, LOAD_BYTES // BYTES[x], even, native)
+    values = (tile.groups, tile.columns, LOAD_BYTES // BYTES[x], even, native)
     given = dict(zip(CONSTANTS, values, strict=True)) | constants
     if not any(output.stochastic for output in region.outputs):
         given["seed"] = None
@@ -175,6 +175,14 @@ def test_threads_hold_whole_blocks_of_columns(form: Form) -> None:
     moved = re.findall(r"(ld|st)\.global(?:\.\w+)*?\.(v\d\.b32|b32|b16|b8)\b", found.ptx)
     assert {kind for kind, _ in moved} == {"ld", "st"}
     assert all(width.endswith("b32") for _, width in moved)
+
+
+@compiles
+@pytest.mark.parametrize("form", [Form.PACKED, Form.OPERAND])
+def test_threads_draw_the_random_bits_of_their_own_columns(form: Form) -> None:
+    """Nothing is passed between them: each would wait for all others, for every row of a block."""
+    output = Output(form, COLUMNS, rounding="stochastic", signs=DEFAULT_SIGNS)
+    assert "bar.sync" not in assembled(Region((output,)), "sm_90").ptx
 
 
 @compiles

@@ -19,8 +19,8 @@ from graphs import (
 )
 from torch import Tensor, fx, nn
 
-from nvfp4c.dialect import Stage
-from nvfp4c.passes.fold_hadamard import fold_hadamard
+from nvfp4c.dialect import HADAMARD, Stage
+from nvfp4c.passes.fold_hadamard import SIZE, fold_hadamard
 from nvfp4c.pipeline import Step
 from nvfp4c.recipe import RECIPES
 
@@ -103,3 +103,31 @@ def test_a_training_graph() -> None:
     once = text(fused(graph))
     assert "hadamard" not in once
     assert text(fold_hadamard(graph)) == once
+
+
+def test_a_length_needs_no_transform() -> None:
+    """With symbolic sizes the contraction axis is read off the rotated tensor; it is its source's, in whole blocks."""
+    x = torch.randn(24, 32)
+    torch._dynamo.mark_dynamic(x, 0)
+    found = captured(nn.Linear(32, 48), x)
+    graph = run_until(found, "share", RECIPES["nvfp4-all"])
+    assert targets(graph)["nvfp4.hadamard"] == 2
+    assert any(
+        user.target is SIZE for node in graph.find_nodes(op="call_function", target=HADAMARD) for user in node.users
+    )
+    once = text(fused(graph))
+    assert "hadamard" not in once
+    assert "floordiv" in once
+
+
+def test_codes_of_a_transpose_lie_as_it_does() -> None:
+    """A transform is contiguous, its source need not be; values tell later passes how tensors lie in memory."""
+
+    def source(x: Tensor) -> tuple[Tensor, Tensor]:
+        z = nvfp4.hadamard(x.t(), SIGNS)
+        return nvfp4.quantize(z, nvfp4.amax(z), [1, 16], "nearest")
+
+    graph = fused(trace(source, torch.randn(48, 32)))
+    codes, scales = graph.output_node().args[0]
+    assert codes.meta["val"].stride() == (1, 32)
+    assert scales.meta["val"].stride() == (1, 32)
