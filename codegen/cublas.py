@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -22,6 +23,12 @@ WORKSPACE_BYTES = 32 << 20
 
 PLANS_KEPT = 4096
 """Of how many problems the plan is remembered: sizes may be dynamic."""
+
+VECTOR = 8
+"""Elements of two bytes that are moved at once."""
+
+LOCK = Lock()
+"""A plan holds the address of a bias from one call to the next, and backward passes run on threads of their own."""
 
 COMPUTE_32F = 68
 TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
@@ -184,42 +191,54 @@ def _alignment(address: int) -> int:
     return min(address & -address, ALIGNED)
 
 
+def _fuses(a: Tensor, b: Tensor, bias: Tensor, out_dtype: torch.dtype) -> bool:
+    """Whether a bias is added before the rounding.
+
+    With sizes that fill no 16 bytes cuBLASLt was seen to round first, and to add the bias to that: on an H100 with CUDA 13
+    20% of the results of a 333 x 77 x 160 product differed.
+    """
+    whole = all(size % VECTOR == 0 for size in (*a.shape[-2:], b.shape[-2]))
+    whole = whole and all(x.data_ptr() % (2 * VECTOR) == 0 for x in (a, b, bias))
+    return whole and bias.dtype == out_dtype and bias.stride(-1) == 1
+
+
 def product(a: Tensor, b: Tensor, factor: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor | None:
     """(a @ b^T) * factor + bias, rounded once: [.., M, N] in `out_dtype`.
 
     a: [.., M, K], b: [.., N, K], bfloat16, either axis contiguous; factor: float32 scalar on the GPU; bias: [N] in
     `out_dtype`. None where cuBLASLt cannot do it: the caller has another way.
     """
-    if bias is not None and (bias.dtype != out_dtype or bias.stride(-1) != 1):
-        return None
     left, right = b.data_ptr(), a.data_ptr()
+    if bias is not None and not _fuses(a, b, bias, out_dtype):
+        return None
     shapes = (a.shape, a.stride()), (b.shape, b.stride())
     aligned = _alignment(right), _alignment(left)
     plan = _plan(a.device, *shapes, a.dtype, out_dtype, bias is not None, aligned)
     if plan is None:
         return None
-    if bias is not None:
-        _set("cublasLtMatmulDescSetAttribute", plan.description, BIAS_POINTER, ctypes.c_void_p(bias.data_ptr()))
     out = a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=out_dtype)
     workspace = a.new_empty(plan.heuristic.workspace_bytes, dtype=torch.uint8)
     layout_a, layout_b, layout_out = plan.layouts
-    status = _library().cublasLtMatmul(
-        plan.handle,
-        plan.description,
-        factor.data_ptr(),
-        left,
-        layout_a,
-        right,
-        layout_b,
-        plan.zero.data_ptr(),
-        out.data_ptr(),
-        layout_out,
-        out.data_ptr(),
-        layout_out,
-        plan.algorithm,
-        workspace.data_ptr(),
-        plan.heuristic.workspace_bytes,
-        torch.cuda.current_stream(a.device).cuda_stream,
-    )
+    with LOCK:
+        if bias is not None:
+            _set("cublasLtMatmulDescSetAttribute", plan.description, BIAS_POINTER, ctypes.c_void_p(bias.data_ptr()))
+        status = _library().cublasLtMatmul(
+            plan.handle,
+            plan.description,
+            factor.data_ptr(),
+            left,
+            layout_a,
+            right,
+            layout_b,
+            plan.zero.data_ptr(),
+            out.data_ptr(),
+            layout_out,
+            out.data_ptr(),
+            layout_out,
+            plan.algorithm,
+            workspace.data_ptr(),
+            plan.heuristic.workspace_bytes,
+            torch.cuda.current_stream(a.device).cuda_stream,
+        )
     _check(status)
     return out
