@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SONAMES = ("libcublasLt.so.13", "libcublasLt.so.12")
 WORKSPACE_BYTES = 32 << 20
 """What torch gives cuBLAS on Hopper."""
 
@@ -36,7 +35,10 @@ POINTER_MODE, TRANSPOSE_A, TRANSPOSE_B, EPILOGUE, BIAS_POINTER = 2, 3, 4, 7, 8
 POINTER_MODE_DEVICE = 1
 EPILOGUE_BIAS = 4
 LAYOUT_BATCH_COUNT, LAYOUT_BATCH_OFFSET = 5, 6
-PREFERENCE_WORKSPACE = 1
+PREFERENCE_WORKSPACE, PREFERENCE_REDUCTIONS = 1, 3
+REDUCED_IN_FP32 = 2
+"""Partial sums of a product that is split along its contraction axis are added in FP32, not in the result's type."""
+
 PREFERENCE_ALIGNMENTS = (5, 6, 7, 8)
 ALIGNED = 256
 """Bytes: what torch aligns new tensors to, at least, and as much as cuBLAS asks about."""
@@ -57,14 +59,14 @@ class Heuristic(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL | None:
     """cuBLASLt, or None where torch has none."""
-    for name in SONAMES:
-        try:
-            found = ctypes.CDLL(name)
-        except OSError:
-            continue
-        found.cublasLtMatmul.argtypes = [ctypes.c_void_p] * 14 + [ctypes.c_size_t, ctypes.c_void_p]
-        return found
-    return None
+    if torch.version.cuda is None:
+        return None
+    try:
+        found = ctypes.CDLL(f"libcublasLt.so.{torch.version.cuda.split('.')[0]}")
+    except OSError:
+        return None
+    found.cublasLtMatmul.argtypes = [ctypes.c_void_p] * 14 + [ctypes.c_size_t, ctypes.c_void_p]
+    return found
 
 
 @cache
@@ -88,17 +90,13 @@ def _check(status: int) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """A problem as cuBLASLt describes it, and the algorithm it picked; all owned by the library for good.
-
-    zero: the factor of what D held before, which cuBLASLt reads from the GPU too.
-    """
+    """A problem as cuBLASLt describes it, and the algorithm it picked: host memory only, which is never given back."""
 
     handle: ctypes.c_void_p
     description: ctypes.c_void_p
     layouts: tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     heuristic: Heuristic
     algorithm: int
-    zero: Tensor
 
 
 @dataclass(frozen=True)
@@ -173,6 +171,7 @@ def _plan(
     _check(cublas.cublasLtMatmulPreferenceCreate(ctypes.byref(preference)))
     setter = "cublasLtMatmulPreferenceSetAttribute"
     _set(setter, preference, PREFERENCE_WORKSPACE, ctypes.c_uint64(WORKSPACE_BYTES))
+    _set(setter, preference, PREFERENCE_REDUCTIONS, ctypes.c_uint32(REDUCED_IN_FP32))
     for attribute, alignment in zip(
         PREFERENCE_ALIGNMENTS, (alignments[1], alignments[0], ALIGNED, ALIGNED), strict=True
     ):
@@ -183,8 +182,7 @@ def _plan(
     cublas.cublasLtMatmulPreferenceDestroy(preference)
     if status or not found.value:
         return None
-    zero = torch.zeros((), device=device)
-    return Plan(_handle(device), description, layouts, heuristic, ctypes.addressof(heuristic), zero)
+    return Plan(_handle(device), description, layouts, heuristic, ctypes.addressof(heuristic))
 
 
 def _alignment(address: int) -> int:
@@ -199,14 +197,15 @@ def _fuses(a: Tensor, b: Tensor, bias: Tensor, out_dtype: torch.dtype) -> bool:
     """
     whole = all(size % VECTOR == 0 for size in (*a.shape[-2:], b.shape[-2]))
     whole = whole and all(x.data_ptr() % (2 * VECTOR) == 0 for x in (a, b, bias))
-    return whole and bias.dtype == out_dtype and bias.stride(-1) == 1
+    return whole and bias.shape == b.shape[-2:-1] and bias.dtype == out_dtype and bias.stride(-1) == 1
 
 
-def product(a: Tensor, b: Tensor, factor: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor | None:
-    """(a @ b^T) * factor + bias, rounded once: [.., M, N] in `out_dtype`.
+def product(a: Tensor, b: Tensor, factors: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor | None:
+    """(a @ b^T) * factors[0] + bias, rounded once: [.., M, N] in `out_dtype`.
 
-    a: [.., M, K], b: [.., N, K], bfloat16, either axis contiguous; factor: float32 scalar on the GPU; bias: [N] in
-    `out_dtype`. None where cuBLASLt cannot do it: the caller has another way.
+    a: [.., M, K], b: [.., N, K], bfloat16, either axis contiguous; factors: float32 [2] on the GPU, the second 0: what
+    cuBLASLt multiplies the result's old contents by; bias: [N] in `out_dtype`. None where cuBLASLt cannot do it: the
+    caller has another way.
     """
     left, right = b.data_ptr(), a.data_ptr()
     if bias is not None and not _fuses(a, b, bias, out_dtype):
@@ -225,12 +224,12 @@ def product(a: Tensor, b: Tensor, factor: Tensor, bias: Tensor | None, out_dtype
         status = _library().cublasLtMatmul(
             plan.handle,
             plan.description,
-            factor.data_ptr(),
+            factors.data_ptr(),
             left,
             layout_a,
             right,
             layout_b,
-            plan.zero.data_ptr(),
+            factors.data_ptr() + factors.element_size(),
             out.data_ptr(),
             layout_out,
             out.data_ptr(),

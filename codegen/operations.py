@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 from torch._inductor.codecache import PyCodeCache
+from torch.nn import functional as F
 
 from nvfp4c import dialect
 from nvfp4c.codegen import cublas, kernels
@@ -196,24 +197,24 @@ def dequantize(codes: Tensor, scales: Tensor, k: int, down: bool) -> Tensor:
     return values
 
 
-def product(a: Tensor, b: Tensor, factor: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """(a @ b^T) * factor + bias in FP32, rounded once, for operands one of whose axes is contiguous.
+def product(a: Tensor, b: Tensor, factors: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """(a @ b^T) * factors[0] + bias in FP32, rounded once, for operands one of whose axes is contiguous.
 
-    a: [.., M, K]; b: [.., N, K]; factor: float32 scalar; bias: [N]. Nothing is copied or transposed.
+    a: [.., M, K]; b: [.., N, K]; factors: float32 [2], the second 0; bias: broadcastable to the result. Operands are
+    neither copied nor transposed.
     """
-    found = None
-    if not INTERPRETED:
-        with _on_device_of(a):
-            found = cublas.product(a, b, factor, bias, out_dtype)
+    with _on_device_of(a):
+        found = None if INTERPRETED else cublas.product(a, b, factors, bias, out_dtype)
+        if found is None and bias is not None:
+            return (product(a, b, factors, None, torch.float32) + bias.float()).to(out_dtype)
     if found is None:
         multiply = torch.mm if a.dim() == 2 else torch.bmm
         exact = multiply(a.float(), b.mT.float()) if INTERPRETED else multiply(a, b.mT, out_dtype=torch.float32)
-        exact = exact * factor
-        found = (exact if bias is None else exact + bias.float()).to(out_dtype)
+        found = (exact * factors[0]).to(out_dtype)
     return found
 
 
-def _fake_product(a: Tensor, b: Tensor, factor: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def _fake_product(a: Tensor, b: Tensor, factors: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     return a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=out_dtype)
 
 
@@ -230,7 +231,7 @@ _OPERATIONS = (
     (_schema(dialect.REGION), region, dialect.REGION),
     ("dequantize(Tensor codes, Tensor scales, SymInt k, bool down) -> Tensor", dequantize, _fake_dequantize),
     (
-        "product(Tensor a, Tensor b, Tensor factor, Tensor? bias, ScalarType out_dtype) -> Tensor",
+        "product(Tensor a, Tensor b, Tensor factors, Tensor? bias, ScalarType out_dtype) -> Tensor",
         product,
         _fake_product,
     ),
@@ -258,5 +259,6 @@ def dequantized(codes: Tensor, scales: Tensor, k: int) -> Tensor:
 def scaled_product(
     a: Tensor, b: Tensor, a_amax: Tensor, b_amax: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """dialect.product. The factor is left to Inductor, which computes it where it costs least."""
-    return PRODUCT(a, b, global_factor(a_amax, b_amax), bias, out_dtype)
+    """dialect.product. The factors are left to Inductor, which computes them where it costs least."""
+    factors = F.pad(global_factor(a_amax, b_amax).reshape(1), (0, 1))
+    return PRODUCT(a, b, factors, bias, out_dtype)

@@ -2,8 +2,8 @@
 
 Every operation is functional, and *is* its reference function in `nvfp4c.numerics`; so a graph at any stage can be
 interpreted on any device. Tensors are [M, K] or [B, M, K], quantised along their last axis, which is always the
-contraction axis of the product they feed. Codes and scales lie in memory as their source does, transposed where it is
-a transpose, so that a kernel never moves an element across both axes; all other results are contiguous.
+contraction axis of the product they feed. Codes and scales of `quantize` lie in memory as their source does, transposed
+where it is a transpose, so that a kernel never moves an element across both axes; all other results are contiguous.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Replace the dialect by what the target runs. FUSED -> LOWERED, on the forward and the backward graph apart.
+"""Replace the dialect by what the target runs. FUSED (SCALED on the CPU) -> LOWERED, forward and backward graph apart.
 
 On targets without native FP4 a scaled matmul becomes a product of dequantised operands, which is exact (code * scale
 has six significant bits, and the sum is FP32):

@@ -232,7 +232,7 @@ def test_empty_tensors(device: torch.device, shape: tuple[int, ...], region: Reg
 def test_the_same_call_gives_the_same_bits(device: torch.device) -> None:
     x = torch.randn(40, 70, generator=torch.Generator().manual_seed(5)).to(device)
     amaxes, seed = [torch.tensor(4.0, device=device)] * 2, torch.tensor(9, device=device)
-    first, second = (launch(REGIONS["training"], x, amaxes, seed, WIDE, 1) for _ in range(2))
+    first, second = (launch(REGIONS["training"], x, amaxes, seed, WIDE) for _ in range(2))
     assert all(torch.equal(bits(one), bits(other)) for one, other in zip(first, second, strict=True))
 
 
@@ -330,6 +330,19 @@ def test_product(
         assert torch.equal(bits(found), bits(expected)), columns
 
 
+@pytest.mark.parametrize("shape", [(32, 48), (1,), (48,), (32, 1), (1, 48), (4, 1, 48), (4, 32, 48)])
+def test_a_bias_of_any_shape(device: torch.device, shape: tuple[int, ...]) -> None:
+    """addmm and baddbmm take whatever can be broadcast to their result."""
+    batch = (4,) if len(shape) == 3 else ()
+    a, b = codes_of(*batch, 32, 64, seed=0), codes_of(*batch, 48, 64, seed=1)
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(2)).bfloat16()
+    amaxes = torch.tensor(2688.0), torch.tensor(1344.0)
+    expected = dialect.PRODUCT(a, b, *amaxes, bias, torch.bfloat16)
+    there = [given.to(device) for given in (a, b, *amaxes, bias)]
+    found = operations.scaled_product(*there, torch.bfloat16)
+    assert torch.equal(bits(found), bits(expected))
+
+
 @pytest.mark.parametrize("shape", [((0, 16), (8, 16)), ((8, 16), (0, 16)), ((8, 0), (4, 0)), ((2, 3, 0), (2, 4, 0))])
 def test_product_of_nothing(device: torch.device, shape: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     a, b = (torch.empty(each, dtype=torch.bfloat16) for each in shape)
@@ -363,4 +376,5 @@ def test_fakes_and_schemas_hold(device: torch.device) -> None:
     codes, scales = operations.REGION(x, amaxes, None, Region((Output(Form.PACKED),)).to_json())
     opcheck(operations.DEQUANTIZE, (codes, scales, 33, False), test_utils=tests)
     a, b = (torch.randn(rows, 16, device=device).bfloat16() for rows in (8, 24))
-    opcheck(operations.PRODUCT, (a, b, torch.tensor(2.0, device=device), None, torch.bfloat16), test_utils=tests)
+    factors = torch.tensor([2.0, 0.0], device=device)
+    opcheck(operations.PRODUCT, (a, b, factors, None, torch.bfloat16), test_utils=tests)
