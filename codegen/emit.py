@@ -180,7 +180,8 @@ def _down_stored(buffer: str, values: list[str], whole: bool) -> list[str]:
 
 def _butterfly(signs: tuple[int, ...]) -> list[str]:
     """Sums in the order of `numerics.rotate`, not yet scaled nor rounded."""
-    lines = [f"z{i} = {'' if signs[i] > 0 else '-'}x{i}" for i in range(BLOCK)]
+    # A minus sign would be 0 - x, which loses the sign of a zero.
+    lines = [f"z{i} = x{i}" if signs[i] > 0 else f"z{i} = -1.0 * x{i}" for i in range(BLOCK)]
     for stride in (1, 2, 4, 8):
         for low in (i for i in range(BLOCK) if not i & stride):
             a, b = f"z{low}", f"z{low + stride}"

@@ -72,7 +72,7 @@ def measure(device: str, rows: int, columns: int, rounds: int, watch: Watch) -> 
     try:
         found = cases(device, rows, columns)
         calls = {case.name: case.call for case in found}
-        clock = clock_for(device, REPEATS[device])
+        clock = clock_for(device, REPEATS[device], short=True)
         samples = interleaved(
             calls,
             clock,

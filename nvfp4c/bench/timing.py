@@ -21,8 +21,8 @@ Clock = Callable[[Call], float]
 Watch = Callable[[str, int, int], None]
 """Is told what is being done, how many parts of it are done, and of how many."""
 
-HEAD_START = 16
-"""Times that a GPU reads more than its cache holds before a sample of a short kernel. It takes about a millisecond, in
+HEAD_START = 80
+"""Times that a GPU reads more than its cache holds before a sample of a short kernel. It takes some milliseconds, in
 which the processor gets ahead: else kernels would be timed by how fast Python launches them. It only reads, for lines
 that it wrote would be the timed kernel's to write back."""
 
@@ -78,14 +78,14 @@ def interleaved(
     return {name: Samples(tuple(found)) for name, found in samples.items()}
 
 
-def clock_for(device: str, repeats: int = 1) -> Clock:
+def clock_for(device: str, repeats: int, *, short: bool) -> Clock:
     """Times by the device's own clock. repeats: calls a sample, of which the mean is taken.
 
-    With more than one, a call is taken for a short kernel: on a GPU the launches are hidden, and what came before
-    is driven from the cache. A call that is to find its own inputs cold has to take others each time.
+    short: each call is a short kernel. On a GPU its launches are then hidden, and what came before is driven from the
+    cache. A call that is to find its own inputs cold has to take others each time.
     """
     if device == "cuda":
-        return CudaClock(repeats)
+        return CudaClock(repeats, short)
     return lambda call: _elapsed(call, repeats)
 
 
@@ -99,10 +99,10 @@ def _elapsed(call: Call, repeats: int) -> float:
 class CudaClock:
     """Seconds between two events around the calls, on the current stream of the current GPU."""
 
-    def __init__(self, repeats: int) -> None:
+    def __init__(self, repeats: int, short: bool) -> None:
         self._repeats = repeats
         # Only for kernels: the memory that a training step takes is measured too.
-        self._filler = torch.zeros(cache_bytes("cuda"), dtype=torch.float32, device="cuda") if repeats > 1 else None
+        self._filler = torch.zeros(cache_bytes("cuda"), dtype=torch.float32, device="cuda") if short else None
 
     def __call__(self, call: Call) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

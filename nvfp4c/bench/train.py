@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,13 @@ from nvfp4c.bench.timing import Samples, Watch, clock_for, interleaved
 from nvfp4c.bench.variants import REFERENCE, Step, Variant, build_steps
 from nvfp4c.errors import TargetError
 
-ROUNDS = {"cuda": 20, "cpu": 5}
-WARMUPS = 2
+ROUNDS = {"cuda": 12, "cpu": 5}
+WARMUPS = 1
+
+STEPS = {"cuda": 10, "cpu": 1}
+"""Steps in a row that make one sample, as training makes them. A GPU that is busy all the time runs as fast as its
+power limit lets it; what a single step takes after another kind of step depends on what that one left of the power
+budget, and on how fast the first kernels are launched on an idle GPU."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +87,13 @@ def measure(
     size: Size,
     device: str,
     rounds: int,
+    in_a_row: int,
     *,
     with_compile_time: bool,
     with_profile: bool,
     watch: Watch,
 ) -> TrainResult:
-    """Measure the chosen variants, of which the first is the reference.
+    """Measure the chosen variants, of which the first is the reference. in_a_row: steps a sample.
 
     Raises TargetError where memory does not suffice, and whatever the backends raise.
     """
@@ -96,9 +103,9 @@ def measure(
         compiling = _compile_times(chosen, size, device, watch) if with_compile_time else {}
         steps = build_steps(chosen, size, device)
         _compile(steps, watch)
-        samples = interleaved(
-            steps, clock_for(device), rounds, warmups=WARMUPS, before=lambda name: steps[name].prepare(), watch=watch
-        )
+        calls = {name: partial(_whole, step) for name, step in steps.items()}
+        clock = clock_for(device, in_a_row, short=False)
+        samples = interleaved(calls, clock, rounds, warmups=WARMUPS, watch=watch)
         memory = {name: memory_of(step) for name, step in steps.items()} if device == "cuda" else {}
         profiles = {}
         if with_profile:
@@ -132,8 +139,13 @@ def _compile(steps: dict[str, Step], watch: Watch) -> None:
     """One step each, so that the rounds to come compile nothing."""
     for number, (name, step) in enumerate(steps.items()):
         watch(f"first step of {name}", number, len(steps))
-        step.prepare()
-        step()
+        _whole(step)
+
+
+def _whole(step: Step) -> None:
+    """A step of a training loop: gradients are dropped first, and parameters are taken for changed."""
+    step.prepare()
+    step()
 
 
 def memory_of(step: Step) -> Memory:

@@ -73,6 +73,10 @@ def train(
         list[str] | None, typer.Option(help="Time only this beside Inductor; may be given several times.")
     ] = None,
     rounds: Rounds = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps in a row that make one sample, as in training. [default: 10 on a GPU, else 1]"),
+    ] = None,
     device: Device = "auto",
     compile_time: Annotated[
         bool, typer.Option(help="Also measure compiling with empty caches. It takes minutes on a CPU.")
@@ -95,17 +99,24 @@ def train(
     device = choose_device(device)
     sized = size_named(size or DEFAULT_SIZE[device])
     chosen = variants(device, variant or ())
-    rounds = rounds or measurement.ROUNDS[device]
+    rounds, steps = rounds or measurement.ROUNDS[device], steps or measurement.STEPS[device]
     if out:
         prepared(out)
     with progress() as watch:
         result = measurement.measure(
-            chosen, sized, device, rounds, with_compile_time=compile_time, with_profile=profile, watch=watch
+            chosen,
+            sized,
+            device,
+            rounds,
+            steps,
+            with_compile_time=compile_time,
+            with_profile=profile,
+            watch=watch,
         )
     record = Record(
         f"bench-train-{device}-{sized.name}",
         about(device, _command(), commit),
-        {"size": asdict(sized), "tokens": sized.tokens, "recipe": RECIPE, "rounds": rounds},
+        {"size": asdict(sized), "tokens": sized.tokens, "recipe": RECIPE, "rounds": rounds, "steps_in_a_row": steps},
         result.to_dict(),
     )
     title = f"{sized.name}: {sized.blocks} blocks, width {sized.width}, MLP {sized.hidden}, {sized.tokens} tokens"
