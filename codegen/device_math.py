@@ -83,6 +83,24 @@ def to_bfloat16(x):
 
 
 @triton.jit
+def rounded_bfloat16(x):
+    """float32 x rounded to the nearest bfloat16, ties to even, as float32."""
+    return _round_bfloat16_bits(x) if INTERPRETED else _widen_bfloat16(x.to(tl.bfloat16))
+
+
+@triton.jit
+def rounded_float16(x):
+    """float32 x rounded to the nearest float16, ties to even, as float32."""
+    return x.to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def to_dtype(x, DTYPE: tl.constexpr):
+    """A float32 x that has such a value, in DTYPE: nothing is rounded."""
+    return to_bfloat16(x) if tl.bfloat16 == DTYPE else x.to(DTYPE)
+
+
+@triton.jit
 def e4m3_byte(x):
     """E4M3 byte (int32) of float32 x in [0, 448]: nearest, ties to even, 0x7F for NaN."""
     bits = float_bits(x)
@@ -115,6 +133,20 @@ def e2m1_value(code):
 def larger(a, b):
     """The larger of two numbers; NaN counts as larger than all."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def smaller(a, b):
+    """The smaller of two numbers; NaN counts as smaller than all."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def tanh(x):
+    """The hyperbolic tangent, within 3e-6 of its size."""
+    # The quotient cancels near 0, where two terms of the series leave a relative error of 2 / 15 * x^4.
+    far = 1.0 - tl.math.div_rn(2.0, 1.0 + tl.exp(2.0 * x))
+    return tl.where(tl.abs(x) < 0.05, x - x * x * x * (1.0 / 3.0), far)
 
 
 @triton.jit

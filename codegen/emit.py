@@ -2,9 +2,11 @@
 
 A program handles a tile of 16 * GROUPS rows and COLUMNS columns of one matrix of a batch, in up to two parts:
 
-- down the columns: sixteen named tiles `x0`..`x15` [GROUPS, COLUMNS] hold the rows of each group of 16, so a block lies
-  in one thread, its butterfly is 64 additions, and no transposed copy is made: rows stay contiguous in memory.
+- down the columns: sixteen named tiles `m0_0`..`m0_15` [GROUPS, COLUMNS] hold the rows of each group of 16, so a block
+  lies in one thread, its butterfly is 64 additions, and no transposed copy is made: rows stay contiguous in memory.
 - along the rows: one tile [R, B, 16] of B blocks; the second part's loads hit the cache.
+
+Where the region has a prologue, a jit function of that name computes the matrices from what both parts load.
 
 A loop over several tiles would share what a program does once, but the addresses it keeps across turns take twice the
 registers, so half the programs would run at a time.
@@ -18,7 +20,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from nvfp4c.codegen.expressions import prologue_source
 from nvfp4c.formats import BLOCK, TILE_BLOCK
+from nvfp4c.prologue import Kind
 from nvfp4c.region import Form, Output, Region
 
 HEADER = '''"""Emitted by nvfp4c: {title}."""
@@ -45,9 +49,14 @@ from nvfp4c.codegen.device_math import (
     random_words,
     rotate,
     rotated,
+    rounded_bfloat16,
+    rounded_float16,
+    smaller,
     spread_like,
     store,
+    tanh,
     to_bfloat16,
+    to_dtype,
     to_float32,
 )
 from nvfp4c.codegen.kernels import tile_place
@@ -83,16 +92,20 @@ def emit(region: Region) -> Kernel:
     places = list(enumerate(region.outputs))
     down = [(place, output) for place, output in places if _is_down(output)]
     along = [(place, output) for place, output in places if not _is_down(output)]
-    body = [*_before(region), *(_down(down) if down else []), *(_along(along) if along else [])]
+    body = [*_before(region), *(_down(region, down) if down else []), *(_along(region, along) if along else [])]
     buffers = tuple(name for place, output in places for name in _buffers(place, output))
     streams = [f"stream{place}" for place, output in places if output.stochastic]
-    arguments = ["x", *(f"a{place}" for place in range(region.amax_count)), "seed", *buffers]
-    arguments += ["rows", "columns", "batch_stride", "row_stride", *streams]
+    inputs = list(enumerate(region.prologue.inputs))
+    arguments = [*(f"i{place}" for place, _ in inputs), *(f"a{place}" for place in range(region.amax_count)), "seed"]
+    arguments += [*buffers, "rows", "columns"]
+    arguments += [f"i{place}_{step}" for place, kind in inputs if kind is Kind.FULL for step in ("batch", "row")]
+    arguments += streams
     constants = [f"{name}: tl.constexpr" for name in CONSTANTS]
     decorator = f"@triton.jit(do_not_specialize={streams})" if streams else "@triton.jit"
     signature = [f"    {name}," for name in (*arguments, *constants)]
     lines = [decorator, "def region(", *signature, "):", *(f"    {line}" for line in body)]
-    source = HEADER.format(title=_title(region)) + "\n" + "\n".join(lines) + "\n"
+    before = [] if region.prologue.is_identity else prologue_source(region.prologue)
+    source = HEADER.format(title=_title(region)) + "\n" + "\n".join([*before, *lines]) + "\n"
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]
     return Kernel(f"region_{digest}", source, buffers)
 
@@ -104,12 +117,14 @@ def _title(region: Region) -> str:
             words += [f"{output.block[0]}x{output.block[1]}", output.rounding]
         return " ".join([*words, *(["rotated"] if output.signs else [])])
 
-    return "; ".join(map(one, region.outputs))
+    title = "; ".join(map(one, region.outputs))
+    operations = list(dict.fromkeys(step.operation for step in region.prologue.steps if step.operation != "to"))
+    return f"{title} of {', '.join(operations)}" if operations else title
 
 
 def _is_down(output: Output) -> bool:
-    """Whether an output is computed down the columns. A plain amax needs no blocks, so it goes there too."""
-    return output.down or (output.form is Form.AMAX and output.signs is None)
+    """Whether an output is computed down the columns. A plain amax and a value need no blocks, so they go there too."""
+    return output.down or output.form is Form.VALUE or (output.form is Form.AMAX and output.signs is None)
 
 
 def _buffers(place: int, output: Output) -> list[str]:
@@ -124,29 +139,62 @@ def _before(region: Region) -> list[str]:
         "batch, first_row, first_column = tile_place(rows, columns, GROUPS, COLUMNS)",
         "rows_left = tl.minimum(rows - first_row, 16 * GROUPS).to(tl.int32)",
         "columns_left = tl.minimum(columns - first_column, COLUMNS).to(tl.int32)",
-        "origin = x + batch * batch_stride + first_row * row_stride + first_column",
-        *(f"encode{place} = encode_scale(tl.load(a{place}))" for place in range(region.amax_count)),
     ]
+    for place, kind in enumerate(region.prologue.inputs):
+        offset = {
+            Kind.FULL: f"batch * i{place}_batch + first_row * i{place}_row + first_column",
+            Kind.ROW: "batch * rows + first_row",
+            Kind.COLUMN: "first_column",
+        }[kind]
+        lines.append(f"o{place} = i{place} + {offset}")
+    lines += [f"encode{place} = encode_scale(tl.load(a{place}))" for place in range(region.amax_count)]
     return [*lines, "key = tl.load(seed)"] if any(output.stochastic for output in region.outputs) else lines
 
 
-def _down(outputs: list[tuple[int, Output]]) -> list[str]:
+def _by_matrix(outputs: list[tuple[int, Output]]) -> list[tuple[int, tuple[int, ...] | None]]:
+    """The matrices that are needed, each with the signs of its rotations, plain first."""
+    found = {(output.matrix, output.signs) for _, output in outputs}
+    return sorted(found, key=lambda one: (one[0], one[1] is not None, one[1] or ()))
+
+
+def _matrices(region: Region, loaded: list[str], names: list[str], inside: str) -> list[str]:
+    """Compute the matrices from elements of all inputs. Beyond a matrix they are 0, as what is loaded is."""
+    if region.prologue.is_identity:
+        return [f"{names[0]} = {loaded[0]}"]
+    lines = [f"{', '.join(names)} = prologue({', '.join(loaded)})"]
+    return [*lines, "if not EVEN:", *(f"    {name} = tl.where({inside}, {name}, 0.0)" for name in names)]
+
+
+def _down(region: Region, outputs: list[tuple[int, Output]]) -> list[str]:
+    inputs = list(enumerate(region.prologue.inputs))
     lines = [
         "group = tl.arange(0, GROUPS)[:, None]",
         "column = tl.arange(0, COLUMNS)[None, :]",
         "in_columns = column < columns_left",
+        *(f"c{place} = load_line(o{place} + column, in_columns, EVEN)" for place, k in inputs if k is Kind.COLUMN),
     ]
-    lines += [
-        f"x{i} = load_line(origin + (16 * group + {i}) * row_stride + column, "
-        f"(16 * group + {i} < rows_left) & in_columns, EVEN)"
-        for i in range(BLOCK)
-    ]
-    for signs in sorted({output.signs for _, output in outputs}, key=lambda signs: signs is not None):
-        chosen = [(place, output) for place, output in outputs if output.signs == signs]
+    for i in range(BLOCK):
+        in_rows = f"16 * group + {i} < rows_left"
+        inside = f"({in_rows}) & in_columns"
+        loaded = [
+            {
+                Kind.FULL: f"load_line(o{place} + (16 * group + {i}) * i{place}_row + column, {inside}, EVEN)",
+                Kind.ROW: f"load_line(o{place} + 16 * group + {i}, {in_rows}, EVEN)",
+                Kind.COLUMN: f"c{place}",
+            }[kind]
+            for place, kind in inputs
+        ]
+        lines += _matrices(region, loaded, [f"m{m}_{i}" for m in range(len(region.prologue.results))], inside)
+    for matrix, signs in _by_matrix(outputs):
+        chosen = [(p, output) for p, output in outputs if output.matrix == matrix and output.signs == signs]
+        for place in (place for place, output in chosen if output.form is Form.VALUE):
+            lines += _down_stored(f"value{place}", [f"m{matrix}_{i}" for i in range(BLOCK)], whole=False)
+        if all(output.form is Form.VALUE for _, output in chosen):
+            continue
         if signs is None:
-            lines += [f"z{i} = x{i}" for i in range(BLOCK)]
+            lines += [f"z{i} = m{matrix}_{i}" for i in range(BLOCK)]
         else:
-            lines += _butterfly(signs)
+            lines += _butterfly(f"m{matrix}_", signs)
         lines += _largest("z", "largest")
         amaxes = [place for place, output in chosen if output.form is Form.AMAX]
         if signs is not None:
@@ -165,23 +213,23 @@ def _down(outputs: list[tuple[int, Output]]) -> list[str]:
 
 
 def _down_stored(buffer: str, values: list[str], whole: bool) -> list[str]:
-    """Store sixteen rows of bfloat16. whole: rows beyond the last are kept up to a whole block."""
+    """Store sixteen rows, of which nothing is rounded. whole: rows beyond the last are kept up to a whole block."""
     height, left = ("tl.cdiv(rows, 16) * 16", "tl.cdiv(rows_left, 16) * 16") if whole else ("rows", "rows_left")
     return [
         f"place = {_out(buffer, height, 'columns', 'first_row')} + column",
         f"left = {left}",
         *(
-            f"store(place + (16 * group + {i}) * columns, to_bfloat16({value}), "
+            f"store(place + (16 * group + {i}) * columns, to_dtype({value}, {buffer}.dtype.element_ty), "
             f"(16 * group + {i} < left) & in_columns, EVEN)"
             for i, value in enumerate(values)
         ),
     ]
 
 
-def _butterfly(signs: tuple[int, ...]) -> list[str]:
+def _butterfly(prefix: str, signs: tuple[int, ...]) -> list[str]:
     """Sums in the order of `numerics.rotate`, not yet scaled nor rounded."""
     # A minus sign would be 0 - x, which loses the sign of a zero.
-    lines = [f"z{i} = x{i}" if signs[i] > 0 else f"z{i} = -1.0 * x{i}" for i in range(BLOCK)]
+    lines = [f"z{i} = {'' if signs[i] > 0 else '-1.0 * '}{prefix}{i}" for i in range(BLOCK)]
     for stride in (1, 2, 4, 8):
         for low in (i for i in range(BLOCK) if not i & stride):
             a, b = f"z{low}", f"z{low + stride}"
@@ -241,23 +289,33 @@ def _out(buffer: str, height: str, width: str, first: str) -> str:
     return f"{buffer} + (batch * ({height}) + {first}) * {width} + first_column"
 
 
-def _along(outputs: list[tuple[int, Output]]) -> list[str]:
+def _along(region: Region, outputs: list[tuple[int, Output]]) -> list[str]:
+    inputs = list(enumerate(region.prologue.inputs))
+    blocks = "load_blocks(o{0}, row, block_of, rows_left, columns_left, i{0}_row, 0, 16, WIDTH, EVEN)"
+    loaded = {
+        Kind.FULL: f"to_float32({blocks})",
+        Kind.ROW: "load_line(o{0} + row, row < rows_left, EVEN)[:, :, None]",
+        Kind.COLUMN: "load_line(o{0} + element, element < columns_left, EVEN)",
+    }
+    names = [f"m{m}" for m in range(len(region.prologue.results))]
+    inside = "(row < rows_left)[:, :, None] & (element < columns_left)"
     lines = [
         "row = tl.arange(0, 16 * GROUPS)[:, None]",
         "block_of = tl.arange(0, COLUMNS // 16)[None, :]",
         "blocks = tl.cdiv(columns, 16)",
-        "found = load_blocks(origin, row, block_of, rows_left, columns_left, row_stride, 0, 16, WIDTH, EVEN)",
-        "values = to_float32(found)",
+        "element = 16 * block_of[:, :, None] + tl.arange(0, 16)[None, None, :]",
+        *_matrices(region, [loaded[kind].format(place) for place, kind in inputs], names, inside),
         "here = (row < rows_left) & (16 * block_of < columns_left)",
         "tile_row = batch * rows + first_row + row",
         "tile_block = first_column // 16 + block_of",
     ]
-    for signs in sorted({output.signs for _, output in outputs}, key=lambda signs: signs is not None):
-        chosen = [(place, output) for place, output in outputs if output.signs == signs]
+    for matrix, signs in _by_matrix(outputs):
+        chosen = [(p, output) for p, output in outputs if output.matrix == matrix and output.signs == signs]
+        name = f"m{matrix}"
         if signs is not None:
             negative = sum(1 << i for i, sign in enumerate(signs) if sign < 0)
-            lines += [f"turned = rotate(values, {negative})"]
-        name = "values" if signs is None else "turned"
+            lines += [f"turned = rotate({name}, {negative})"]
+            name = "turned"
         lines += [f"tops = tl.max(float_bits({name}) & 0x7FFFFFFF, 2)"]
         for place, output in chosen:
             if output.form is Form.AMAX:
@@ -305,7 +363,6 @@ def _along_stored(buffer: str, values: str, whole: bool) -> list[str]:
     """Store a tile of bfloat16. whole: columns beyond the last are kept up to a whole block."""
     width, left = ("blocks * 16", "tl.cdiv(columns_left, 16) * 16") if whole else ("columns", "columns_left")
     return [
-        "element = 16 * block_of[:, :, None] + tl.arange(0, 16)[None, None, :]",
         f"place = {buffer} + (tile_row * ({width}) + first_column)[:, :, None] + element",
         f"store(place, to_bfloat16({values}), (row < rows_left)[:, :, None] & (element < {left}), EVEN)",
     ]

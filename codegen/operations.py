@@ -24,6 +24,7 @@ from nvfp4c.codegen import cublas, kernels
 from nvfp4c.codegen.emit import CONSTANTS, Tile, emit
 from nvfp4c.formats import BLOCK
 from nvfp4c.numerics import global_factor
+from nvfp4c.prologue import Kind
 from nvfp4c.region import Form, Region, shapes
 
 LIBRARY = torch.library.Library("nvfp4_triton", "DEF")
@@ -47,30 +48,39 @@ SHAPES_KEPT = 4096
 @cache
 def emitted(region: Region) -> Any:
     """The jit function of a region; streams are arguments of it, so regions that differ only there share one."""
-    alike = Region(tuple(replace(output, stream=0) for output in region.outputs))
+    alike = replace(region, outputs=tuple(replace(output, stream=0) for output in region.outputs))
     return PyCodeCache.load(emit(alike).source).region if alike == region else emitted(alike)
 
 
 def tile_of(region: Region) -> Tile:
     """What suits a region: enough loads in flight, and few enough registers for many programs.
 
-    Four columns a thread make loads and stores of whole sectors; with random words beside them registers would spill.
+    Four columns a thread make loads and stores of whole sectors; with random words or a second matrix beside them
+    registers would spill.
     """
-    random = any(output.stochastic for output in region.outputs)
-    return Tile(groups=2, columns=128, warps=4) if random else Tile(groups=2, columns=256, warps=4)
+    full = len(region.prologue.results) > 1 or any(output.stochastic for output in region.outputs)
+    return Tile(groups=2, columns=128, warps=4) if full else Tile(groups=2, columns=256, warps=4)
+
+
+Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+"""Shape, strides and type of a tensor: all that a launch depends on."""
+
+
+def layout(x: Tensor) -> Layout:
+    return x.shape, x.stride(), x.dtype
 
 
 @dataclass(frozen=True)
 class Launch:
     """All about the launches of a region that shapes, strides and types determine.
 
-    buffers: shape, type and whether it starts as zero, of every tensor. numbers, constants: arguments of the kernel.
-    kernels: compiled, by which tensors are aligned; asking Triton for them at every launch would take long.
+    buffers: shape and type of every tensor but the amaxes. numbers, constants: arguments of the kernel. kernels:
+    compiled, by which tensors are aligned; asking Triton for them at every launch would take long.
     """
 
     region: Region
     programs: int
-    buffers: tuple[tuple[Sequence[int | torch.SymInt], torch.dtype, bool], ...]
+    buffers: tuple[tuple[Sequence[int | torch.SymInt], torch.dtype] | None, ...]
     numbers: tuple[int, ...]
     constants: tuple[int, ...]
     warps: int
@@ -79,59 +89,61 @@ class Launch:
 
 def prepare(
     region: Region,
-    shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    dtype: torch.dtype,
+    inputs: Sequence[Layout],
     device: torch.device,
     tile: Tile | None = None,
     capability: tuple[int, int] | None = None,
 ) -> Launch:
-    """The launch of a region on such a tensor. tile: what a program handles, chosen here if None.
+    """The launch of a region on such inputs. tile: what a program handles, chosen here if None.
 
     capability: of a GPU that need not be there; asked of `device` if None.
     """
-    x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-    batch = _as_batch(x, region)
-    count, rows, columns = batch.shape
+    given = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in inputs]
+    matrices = region.prologue.evaluate(given)
+    batches = [_as_input(x, kind, region) for x, kind in zip(given, region.prologue.inputs, strict=True)]
+    full = [x for x, kind in zip(batches, region.prologue.inputs, strict=True) if kind is Kind.FULL]
+    count, rows, columns = full[0].shape
     tile = tile or tile_of(region)
     height = BLOCK * tile.groups
     even = rows % height == 0 and columns % tile.columns == 0
     native = not INTERPRETED and (capability or torch.cuda.get_device_capability(device)) >= E4M3_CAPABILITY
+    strides = [step for x in full for step in x.stride()[:2]]
     return Launch(
         region=region,
         programs=count * triton.cdiv(rows, height) * triton.cdiv(columns, tile.columns),
         buffers=tuple(
-            (shape, dtype, output.form is Form.AMAX) for output in region.outputs for shape, dtype in shapes(output, x)
+            None if output.form is Form.AMAX else described
+            for output in region.outputs
+            for described in shapes(output, matrices[output.matrix])
         ),
-        numbers=(rows, columns, *batch.stride()[:2], *(o.stream for o in region.outputs if o.stochastic)),
-        constants=(tile.groups, tile.columns, LOAD_BYTES // dtype.itemsize, even, native),
+        numbers=(rows, columns, *strides, *(o.stream for o in region.outputs if o.stochastic)),
+        constants=(tile.groups, tile.columns, LOAD_BYTES // max(x.dtype.itemsize for x in full), even, native),
         warps=tile.warps,
     )
 
 
 @lru_cache(maxsize=SHAPES_KEPT)
-def _prepared(
-    text: str, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Launch:
-    return prepare(Region.from_json(text), shape, stride, dtype, device)
+def _prepared(text: str, inputs: tuple[Layout, ...], device: torch.device) -> Launch:
+    return prepare(Region.from_json(text), inputs, device)
 
 
-def region(x: Tensor, amaxes: Sequence[Tensor], seed: Tensor | None, region: str) -> list[Tensor]:
-    """Every tensor of every output of a region, in order. An x whose rows are not contiguous is copied first."""
-    return run(_prepared(region, x.shape, x.stride(), x.dtype, x.device), x, amaxes, seed)
+def region(inputs: Sequence[Tensor], amaxes: Sequence[Tensor], seed: Tensor | None, region: str) -> list[Tensor]:
+    """Every tensor of every output of a region, in order. An input whose rows are not contiguous is copied first."""
+    return run(_prepared(region, tuple(map(layout, inputs)), inputs[0].device), inputs, amaxes, seed)
 
 
-def run(launch: Launch, x: Tensor, amaxes: Sequence[Tensor], seed: Tensor | None) -> list[Tensor]:
+def run(launch: Launch, inputs: Sequence[Tensor], amaxes: Sequence[Tensor], seed: Tensor | None) -> list[Tensor]:
     """`region`, as prepared."""
-    found = [
-        x.new_zeros(shape, dtype=dtype) if zero else x.new_empty(shape, dtype=dtype)
-        for shape, dtype, zero in launch.buffers
-    ]
+    x, region = inputs[0], launch.region
+    amax_count = launch.buffers.count(None)
+    # One fill sets all of them to 0. Each is as aligned as a tensor of its own, so that kernels are compiled once.
+    zeros = iter(x.new_zeros((amax_count, 4), dtype=torch.float32)[:, 0].unbind() if amax_count else ())
+    found = [next(zeros) if given is None else x.new_empty(given[0], dtype=given[1]) for given in launch.buffers]
     if launch.programs:
+        given = (_as_input(x, kind, region) for x, kind in zip(inputs, region.prologue.inputs, strict=True))
         buffers = (buffer.view(torch.uint8) if buffer.dtype == torch.float8_e4m3fn else buffer for buffer in found)
-        tensors = (_as_batch(x, launch.region), *amaxes[: launch.region.amax_count], seed, *buffers)
         with _on_device_of(x):
-            _start(launch, tensors)
+            _start(launch, (*given, *amaxes[: region.amax_count], seed, *buffers))
     return found
 
 
@@ -160,9 +172,14 @@ def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device)
 
 
-def _as_batch(x: Tensor, region: Region) -> Tensor:
-    """[M, K] or [B, M, K] as [B, M, K] with contiguous rows; for a plain amax, any tensor in its memory's order."""
-    if all(output.form is Form.AMAX and output.signs is None for output in region.outputs):
+def _as_input(x: Tensor, kind: Kind, region: Region) -> Tensor:
+    """An input as a kernel reads it: numbers contiguous, a matrix as [B, M, K] with contiguous rows.
+
+    For a plain amax any tensor is a matrix, in its memory's order.
+    """
+    if kind is not Kind.FULL:
+        return x.contiguous()
+    if region.prologue.is_identity and all(o.form is Form.AMAX and o.signs is None for o in region.outputs):
         x = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
         x = x.reshape(1, 1, -1) if x.dim() < 2 else x.flatten(0, -2).unsqueeze(0)
     x = x if x.dim() == 3 else x.unsqueeze(0)

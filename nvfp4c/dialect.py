@@ -19,7 +19,7 @@ from torch.fx.node import Target
 
 from nvfp4c import numerics, philox
 from nvfp4c.formats import block_count, padded
-from nvfp4c.region import Region, evaluate, shapes
+from nvfp4c.region import Region, empty_outputs, evaluate
 
 LIBRARY = torch.library.Library("nvfp4", "DEF")
 
@@ -178,8 +178,10 @@ def scale_product(
     return product.to(out_dtype)
 
 
-def region_outputs(x: Tensor, amaxes: Sequence[Tensor], seed: Tensor | None, region: str) -> list[Tensor]:
-    return evaluate(Region.from_json(region), x, amaxes, seed)
+def region_outputs(
+    inputs: Sequence[Tensor], amaxes: Sequence[Tensor], seed: Tensor | None, region: str
+) -> list[Tensor]:
+    return evaluate(Region.from_json(region), inputs, amaxes, seed)
 
 
 def product(
@@ -216,9 +218,8 @@ def _fake_dequantize(codes: Tensor, scales: Tensor, amax: Tensor | None, k: int,
     return oriented_like(codes, codes.new_empty((*codes.shape[:-1], k), dtype=dtype))
 
 
-def _fake_region(x: Tensor, amaxes: Sequence[Tensor], seed: Tensor | None, region: str) -> list[Tensor]:
-    outputs = Region.from_json(region).outputs
-    return [x.new_empty(shape, dtype=dtype) for output in outputs for shape, dtype in shapes(output, x)]
+def _fake_region(inputs: Sequence[Tensor], amaxes: Sequence[Tensor], seed: Tensor | None, region: str) -> list[Tensor]:
+    return empty_outputs(Region.from_json(region), inputs)
 
 
 def _fake_product(
@@ -260,7 +261,7 @@ _OPERATIONS = (
         scaled_mm,
         _fake_scaled_mm,
     ),
-    ("region(Tensor x, Tensor[] amaxes, Tensor? seed, str region) -> Tensor[]", region_outputs, _fake_region),
+    ("region(Tensor[] inputs, Tensor[] amaxes, Tensor? seed, str region) -> Tensor[]", region_outputs, _fake_region),
     (
         "product(Tensor a, Tensor b, Tensor a_amax, Tensor b_amax, Tensor? bias, ScalarType out_dtype) -> Tensor",
         product,

@@ -267,17 +267,17 @@ def programs(halves: Sequence[Half], target: str) -> dict[Program, list[Use]]:
 
 def _region(node: fx.Node, capability: tuple[int, int]) -> Launched | None:
     """What `operations.region` launches; None for an empty matrix."""
-    matrix, _, seed, text = arguments(node)
-    region, x = Region.from_json(text), matrix.meta["val"]
-    device = torch.device("cuda")
-    launch = operations.prepare(region, _numbers(x.shape), _numbers(x.stride()), x.dtype, device, capability=capability)
+    inputs, _, seed, text = arguments(node)
+    region = Region.from_json(text)
+    layouts = [(_numbers(x.shape), _numbers(x.stride()), x.dtype) for x in (one.meta["val"] for one in inputs)]
+    launch = operations.prepare(region, layouts, torch.device("cuda"), capability=capability)
     if not launch.programs:
         return None
     given = (
-        x.dtype,
+        *(dtype for _, _, dtype in layouts),
         *[torch.float32] * region.amax_count,
         None if seed is None else torch.int64,
-        *(dtype for _, dtype, _ in launch.buffers),
+        *(torch.float32 if buffer is None else buffer[1] for buffer in launch.buffers),
         *launch.numbers,
     )
     source = emit.emit(region).source

@@ -1,7 +1,8 @@
 """A region: everything that one kernel computes from one matrix, read once. The data behind `nvfp4::region`.
 
-The matrix is [M, K] or a batch [B, M, K], in the orientation in which it lies in memory. Blocks of 16 run along its
-rows, or down its columns: those are the blocks of its transpose, and need no transposed copy.
+Its prologue may compute that matrix, or several, from other tensors. A matrix is [M, K] or a batch [B, M, K], in the
+orientation in which it lies in memory. Blocks of 16 run along its rows, or down its columns: those are the blocks of
+its transpose, and need no transposed copy.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from nvfp4c import numerics, philox
 from nvfp4c.formats import ROW_BLOCK, block_count, padded
+from nvfp4c.prologue import IDENTITY, Prologue
 
 
 class Form(str, Enum):
@@ -24,13 +26,14 @@ class Form(str, Enum):
 
     AMAX: the largest magnitude, after rotation if there is one. ROTATED: the rotated matrix, bfloat16. PACKED: two
     tensors, codes and scales. OPERAND: the dequantised values code * scale, bfloat16, where they are exact; a zero may
-    have lost its sign.
+    have lost its sign. VALUE: the matrix itself, in its dtype.
     """
 
     AMAX = "amax"
     ROTATED = "rotated"
     PACKED = "packed"
     OPERAND = "operand"
+    VALUE = "value"
 
 
 class Axis(str, Enum):
@@ -42,9 +45,10 @@ class Axis(str, Enum):
 
 @dataclass(frozen=True)
 class Output:
-    """One result of a region. An amax or a rotated matrix uses only `axis` and `signs`.
+    """One result of a region. An amax or a rotated matrix uses only `axis` and `signs`, a value neither.
 
-    amax: the place of the tensor's amax among those given to the region. stream: of stochastic rounding.
+    amax: the place of the tensor's amax among those given to the region. stream: of stochastic rounding. matrix: which
+    of the prologue's results it is computed from.
     """
 
     form: Form
@@ -54,6 +58,7 @@ class Output:
     signs: tuple[int, ...] | None = None
     amax: int = 0
     stream: int = 0
+    matrix: int = 0
 
     @property
     def quantised(self) -> bool:
@@ -75,9 +80,10 @@ class Output:
 
 @dataclass(frozen=True)
 class Region:
-    """The outputs of one kernel, in order."""
+    """The outputs of one kernel, in order, and what computes the matrices that they are computed from."""
 
     outputs: tuple[Output, ...]
+    prologue: Prologue = IDENTITY
 
     @cached_property
     def amax_count(self) -> int:
@@ -85,7 +91,9 @@ class Region:
         return 1 + max((output.amax for output in self.outputs if output.quantised), default=-1)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        """Plain data. A matrix that is given as it is needs no mention."""
+        given = {} if self.prologue.is_identity else {"prologue": self.prologue.to_dict()}
+        return json.dumps({"outputs": [asdict(output) for output in self.outputs], **given})
 
     @staticmethod
     def from_json(text: str) -> Region:
@@ -99,9 +107,12 @@ class Region:
                 signs=None if signs is None else tuple(signs),  # type: ignore[arg-type]
                 amax=int(given["amax"]),  # type: ignore[call-overload]
                 stream=int(given["stream"]),  # type: ignore[call-overload]
+                matrix=int(given["matrix"]),  # type: ignore[call-overload]
             )
 
-        return Region(tuple(map(output, json.loads(text)["outputs"])))
+        data = json.loads(text)
+        prologue = Prologue.from_dict(data["prologue"]) if "prologue" in data else IDENTITY
+        return Region(tuple(map(output, data["outputs"])), prologue)
 
 
 Shape = tuple[tuple[int | torch.SymInt, ...], torch.dtype]
@@ -111,6 +122,8 @@ def shapes(output: Output, x: Tensor) -> list[Shape]:
     """Shapes and types of the tensors that an output of a region on x [.., M, K] holds. All are contiguous."""
     if output.form is Form.AMAX:
         return [((), torch.float32)]
+    if output.form is Form.VALUE:
+        return [(tuple(x.shape), x.dtype)]
     *lead, rows, columns = x.shape
     whole = (padded(rows), columns) if output.down else (rows, padded(columns))
     if output.form is Form.ROTATED or (output.form is Form.OPERAND and output.signs is not None):
@@ -122,15 +135,31 @@ def shapes(output: Output, x: Tensor) -> list[Shape]:
     return [((*lead, *codes), torch.uint8), ((*lead, *scales), torch.float8_e4m3fn)]
 
 
-def evaluate(region: Region, x: Tensor, amaxes: Sequence[Tensor], seed: Tensor | None) -> list[Tensor]:
-    """The reference: every tensor of every output, in order. x: [M, K] or [B, M, K]; of any rank for a plain amax."""
+def evaluate(region: Region, inputs: Sequence[Tensor], amaxes: Sequence[Tensor], seed: Tensor | None) -> list[Tensor]:
+    """The reference: every tensor of every output, in order.
+
+    inputs: what the prologue reads; the first is [M, K] or [B, M, K], or of any rank for a plain amax.
+    """
+    matrices = region.prologue.evaluate(inputs)
     found: list[Tensor] = []
     for output in region.outputs:
-        found += _evaluate(output, x, amaxes, seed)
+        found += _evaluate(output, matrices[output.matrix], amaxes, seed)
     return found
 
 
+def empty_outputs(region: Region, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """New tensors like those that `evaluate` gives, their contents left open."""
+    matrices = region.prologue.evaluate(inputs)
+    return [
+        inputs[0].new_empty(shape, dtype=dtype)
+        for output in region.outputs
+        for shape, dtype in shapes(output, matrices[output.matrix])
+    ]
+
+
 def _evaluate(output: Output, x: Tensor, amaxes: Sequence[Tensor], seed: Tensor | None) -> list[Tensor]:
+    if output.form is Form.VALUE:
+        return [x.clone(memory_format=torch.contiguous_format)]
     rows = x.mT if output.down else x
     if output.signs is not None:
         rows = numerics.rotate(rows, output.signs)

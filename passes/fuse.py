@@ -7,8 +7,8 @@
     %dx = nvfp4.scaled_mm(*%q, %a, *%wq, %wa, n, None, bf16)
     %dw = nvfp4.scaled_mm(*%qt, %at, *%xq, %xa, m, None, bf16)
 becomes
-    %a, %at = nvfp4.region(%dy, [], None, "amax; amax down the columns, rotated")
-    %r, %c  = nvfp4.region(%dy, [%a, %at], %seed, "operand; operand down the columns, rotated")
+    %a, %at = nvfp4.region([%dy], [], None, "amax; amax down the columns, rotated")
+    %r, %c  = nvfp4.region([%dy], [%a, %at], %seed, "operand; operand down the columns, rotated")
     %ct = aten.permute(%c, [1, 0])
     %dx = nvfp4.product(%r, %w, %a, %wa, None, bf16)
     %dw = nvfp4.product(%ct, %x, %at, %xa, None, bf16)
@@ -267,7 +267,7 @@ class _Fusing:
         """A region before the node `where`: a node for each of its tensors."""
         with self.graph.inserting_before(where):
             text = Region(tuple(outputs)).to_json()
-            made = insert(self.graph, REGION, (matrix, list(amaxes), seed, text), like)
+            made = insert(self.graph, REGION, ([matrix], list(amaxes), seed, text), like)
             count = sum(output.tensors for output in outputs)
             found = [insert(self.graph, operator.getitem, (made, place), like) for place in range(count)]
         for node in found:

@@ -20,6 +20,7 @@ from nvfp4c.formats import DEFAULT_SIGNS, TILE_BLOCK
 from nvfp4c.passes.insert_scaling import SEED
 from nvfp4c.pipeline import Step
 from nvfp4c.plan import PrecisionPlan
+from nvfp4c.prologue import Prologue
 from nvfp4c.recipe import Recipe
 from nvfp4c.region import Output, Region
 from nvfp4c.sites import ModelNames
@@ -66,6 +67,8 @@ def text(graph: fx.Graph) -> str:
         counts[stem] += 1
         names[node] = f"%{stem}" + (f"_{counts[stem]}" if counts[stem] > 1 else "")
         arguments = [_argument(argument, names) for argument in node.args]
+        if node.target is nvfp4.region.default and len(node.args[0]) == 1:
+            arguments[0] = arguments[0][1:-1]
         arguments += [f"{key}={_argument(given, names)}" for key, given in node.kwargs.items()]
         lines.append(f"{names[node]} = {call}({', '.join(arguments)})")
     return "\n".join(lines)
@@ -84,7 +87,9 @@ def _argument(argument: Any, names: dict[fx.Node, str]) -> str:
     if isinstance(argument, (list, tuple)):
         return "SIGNS" if list(argument) == SIGNS else f"[{', '.join(_argument(item, names) for item in argument)}]"
     if isinstance(argument, str) and argument.startswith("{"):
-        return "; ".join(map(_output, Region.from_json(argument).outputs))
+        region = Region.from_json(argument)
+        outputs = "; ".join(map(_output, region.outputs))
+        return outputs if region.prologue.is_identity else f"{outputs} of {_prologue(region.prologue)}"
     return str(argument)
 
 
@@ -96,7 +101,18 @@ def _output(output: Output) -> str:
     words += ["with SIGNS"] if output.signs == DEFAULT_SIGNS else [] if output.signs is None else [str(output.signs)]
     words += [f"stochastic {output.stream}"] if output.stochastic else []
     words += [f"by amax {output.amax}"] if output.amax else []
+    words += [f"of matrix {output.matrix}"] if output.matrix else []
     return " ".join(words)
+
+
+def _prologue(prologue: Prologue) -> str:
+    """`0 full, 1 row: 2 = mul(0, 1) bfloat16 -> 2`."""
+    inputs = ", ".join(f"{place} {kind.value}" for place, kind in enumerate(prologue.inputs))
+    steps = "; ".join(
+        f"{place} = {step.operation}({', '.join(map(str, step.arguments))}) {step.dtype}"
+        for place, step in enumerate(prologue.steps, len(prologue.inputs))
+    )
+    return f"{inputs}: {steps} -> {', '.join(map(str, prologue.results))}"
 
 
 def copied(graph: fx.Graph) -> fx.Graph:

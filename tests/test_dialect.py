@@ -88,7 +88,7 @@ def of_two_operands_and_bias(x: Tensor) -> Arguments:
 
 
 def of_region(x: Tensor) -> Arguments:
-    return {"x": x, "amaxes": [numerics.tensor_amax(x), torch.tensor(3.0)], "seed": torch.tensor(1234)}
+    return {"inputs": [x], "amaxes": [numerics.tensor_amax(x), torch.tensor(3.0)], "seed": torch.tensor(1234)}
 
 
 def of_product(x: Tensor) -> Arguments:

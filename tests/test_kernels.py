@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,12 @@ from nvfp4c.codegen.operations import (  # noqa: E402
     tile_of,
 )
 from nvfp4c.formats import DEFAULT_SIGNS, TILE_BLOCK, signs_from_seed  # noqa: E402
+from nvfp4c.prologue import Kind, Prologue, Step  # noqa: E402
 from nvfp4c.region import Axis, Form, Output, Region  # noqa: E402
 
 compiles = pytest.mark.skipif(INTERPRETED, reason="compiles, which the interpreter does not")
 
 FOLDER = Path(__file__).parent / "kernels"
-GOLDEN = Path(__file__).parent / "data" / "region_operand_packed.py.txt"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="runs them in the interpreter, where this already is")
@@ -86,9 +87,45 @@ OTHERS = {
         )
     ),
 }
+FULL = Kind.FULL
+GATED = Prologue(
+    (FULL, FULL),
+    (Step("sigmoid", (0,), "float32"), Step("mul", (0, 2), "bfloat16"), Step("mul", (3, 1), "bfloat16")),
+    (4,),
+)
+GATES = Prologue(
+    (FULL, FULL, FULL),
+    (
+        Step("sigmoid", (1,), "float32"),
+        Step("mul", (1, 3), "bfloat16"),
+        Step("mul", (0, 4), "bfloat16"),
+        Step("sub", (0, 3), "float32"),
+        Step("mul", (6, 2), "bfloat16"),
+    ),
+    (5, 7),
+)
+NORM = Prologue((FULL, Kind.ROW, Kind.COLUMN), (Step("mul", (0, 1), "float32"), Step("mul", (3, 2), "bfloat16")), (4,))
+PRODUCED = (Output(Form.AMAX), Output(Form.AMAX, COLUMNS, signs=DEFAULT_SIGNS), Output(Form.VALUE))
+PROLOGUES = {
+    "gated": Region(PRODUCED, GATED),
+    "gates, backward": Region((*PRODUCED, *(replace(output, matrix=1) for output in PRODUCED)), GATES),
+    "norm": Region(INPUT.outputs, NORM),
+}
+"""What is computed together with what produces the matrix."""
+
+DATA = Path(__file__).parent / "data"
+GOLDEN = {
+    "region_operand_packed": INPUT,
+    "region_amaxes": TRAINING["amaxes"],
+    "region_gradient": TRAINING["gradient"],
+    "region_prologue": PROLOGUES["gates, backward"],
+}
+"""The regions whose source stands in a file: one of each family."""
+
 ARGUMENT_TYPES = {
     "seed": "*i64",
     "operand": "*bf16",
+    "value": "*bf16",
     "values": "*bf16",
     "rotated": "*bf16",
     "codes": "*u8",
@@ -96,16 +133,16 @@ ARGUMENT_TYPES = {
     "amax": "*fp32",
     "a": "*fp32",
 }
-"""Pointers, by their names without the number of the output; x is given by a test, all others are int32."""
+"""Pointers, by their names without a number; inputs' types are given by a test, all others are int32."""
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-SIZES = ("rows", "columns", "batch_stride", "row_stride")
+SIZES = ("rows", "columns")
 
 
 def assembled(region: Region, target: str, x: str = "bf16", even: bool = True, **constants: Any) -> Assembly:
     """A region's kernel compiled for a GPU that need not be there, as the operation launches it.
 
-    even: sizes are multiples of the tile. constants: arguments that a launch would make constant.
+    x: of all inputs. even: sizes are multiples of the tile. constants: arguments that a launch would make constant.
     """
     kernel, tile = emitted(region), tile_of(region)
     native = target >= "sm_{}{}".format(*E4M3_CAPABILITY)
@@ -114,8 +151,10 @@ def assembled(region: Region, target: str, x: str = "bf16", even: bool = True, *
     if not any(output.stochastic for output in region.outputs):
         given["seed"] = None
     types = {name: ARGUMENT_TYPES.get(name.rstrip("0123456789"), "i32") for name in kernel.arg_names}
-    aligned = [size for size in SIZES if size not in given]
-    return assemble(kernel, target, types | {"x": f"*{x}"}, given, aligned=aligned, num_warps=tile.warps)
+    inputs = {f"i{place}": f"*{x}" for place in range(len(region.prologue.inputs))}
+    sizes = (*SIZES, *(name for name in kernel.arg_names if name.endswith(("_batch", "_row"))))
+    aligned = [size for size in sizes if size not in given]
+    return assemble(kernel, target, types | inputs, given, aligned=aligned, num_warps=tile.warps)
 
 
 def check(found: Assembly) -> None:
@@ -144,13 +183,21 @@ def test_sizes_that_do_not_fit(region: Region) -> None:
 
 
 @compiles
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("region", PROLOGUES.values(), ids=PROLOGUES)
+def test_prologues(region: Region, target: str, even: bool) -> None:
+    assert assembled(region, target, even=even).spills == 0
+
+
+@compiles
 @pytest.mark.parametrize("x", ["fp32", "fp16"])
 def test_other_types(x: str) -> None:
     check(assembled(INPUT, "sm_80", x))
 
 
 @compiles
-@pytest.mark.parametrize("one", SIZES)
+@pytest.mark.parametrize("one", [*SIZES, "i0_batch", "i0_row"])
 def test_a_size_of_one(one: str) -> None:
     """Triton makes a constant of every int that is 1, and constants lack a tensor's methods."""
     check(assembled(TRAINING["gradient"], "sm_80", even=False, **{one: 1}))
@@ -194,9 +241,14 @@ def test_threads_load_rows_as_widely_as_they_can() -> None:
 # ---- the emitted text
 
 
-def test_the_golden_source() -> None:
-    """What is emitted for the input of a layer is what somebody has read; see above for how to accept another."""
-    assert emit(INPUT).source == GOLDEN.read_text(encoding="utf-8")
+def golden(name: str) -> Path:
+    return DATA / f"{name}.py.txt"
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_golden_source(name: str) -> None:
+    """What is emitted is what somebody has read; see above for how to accept another."""
+    assert emit(GOLDEN[name]).source == golden(name).read_text(encoding="utf-8")
 
 
 def test_equal_regions_give_equal_kernels() -> None:
@@ -225,4 +277,5 @@ def test_buffers_are_named_after_their_outputs() -> None:
 
 
 if __name__ == "__main__":
-    GOLDEN.write_text(emit(INPUT).source, encoding="utf-8")
+    for _name, _region in GOLDEN.items():
+        golden(_name).write_text(emit(_region).source, encoding="utf-8")

@@ -60,6 +60,7 @@ def test_json() -> None:
         "signs": list(signs),
         "amax": 1,
         "stream": 5,
+        "matrix": 0,
     }
 
 
@@ -73,14 +74,14 @@ def test_how_many_amaxes_are_read() -> None:
 @EVERY_AXIS
 @pytest.mark.parametrize("signs", [None, DEFAULT_SIGNS])
 def test_amax(x: Tensor, axis: Axis, signs: tuple[int, ...] | None) -> None:
-    (found,) = evaluate(Region((Output(Form.AMAX, axis, signs=signs),)), x, [], None)
+    (found,) = evaluate(Region((Output(Form.AMAX, axis, signs=signs),)), [x], [], None)
     assert same_bits(found, dialect.AMAX(on(axis, x), None if signs is None else list(signs)))
 
 
 @EVERY_OPERAND
 @EVERY_AXIS
 def test_rotated(x: Tensor, axis: Axis) -> None:
-    (found,) = evaluate(Region((Output(Form.ROTATED, axis, signs=DEFAULT_SIGNS),)), x, [], None)
+    (found,) = evaluate(Region((Output(Form.ROTATED, axis, signs=DEFAULT_SIGNS),)), [x], [], None)
     assert same_bits(on(axis, found), dialect.HADAMARD(on(axis, x), list(DEFAULT_SIGNS)))
 
 
@@ -91,7 +92,7 @@ def test_all_quantised_outputs_at_once(x: Tensor, axis: Axis) -> None:
     amaxes = [dialect.AMAX(x), dialect.AMAX(x) * 0.75]
     packed = [output_with(output, axis=axis) for output in QUANTISED]
     operands = [output_with(output, form=Form.OPERAND) for output in packed]
-    found = evaluate(Region((*packed, *operands)), x, amaxes, SEED)
+    found = evaluate(Region((*packed, *operands)), [x], amaxes, SEED)
     assert all(tensor.is_contiguous() for tensor in found)
     for place, output in enumerate(packed):
         codes, scales = quantised(output, on(axis, x), amaxes)
@@ -106,7 +107,7 @@ def test_all_quantised_outputs_at_once(x: Tensor, axis: Axis) -> None:
 def test_stochastic_rounding_needs_a_seed() -> None:
     region = Region((Output(Form.PACKED, rounding="stochastic"),))
     with pytest.raises(AssertionError, match="needs a seed"):
-        evaluate(region, OPERANDS[0], [torch.tensor(3.0)], None)
+        evaluate(region, [OPERANDS[0]], [torch.tensor(3.0)], None)
 
 
 @pytest.mark.parametrize("bias", [None, torch.arange(5.0)])

@@ -117,7 +117,7 @@ def _computed(
 ) -> list[tuple[Tensor, ...]]:
     """The tensors of each output: by one kernel where the target has such kernels, else by one after the other."""
     if table.region is not None:
-        found = iter(table.region(x, amaxes, seed, Region(outputs).to_json()))
+        found = iter(table.region([x], amaxes, seed, Region(outputs).to_json()))
         return [tuple(next(found) for _ in range(output.tensors)) for output in outputs]
     assert table.amax is not None and table.quantize is not None and table.operand is not None
     results: list[tuple[Tensor, ...]] = []

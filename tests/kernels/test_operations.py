@@ -73,8 +73,14 @@ def same(output: Output, found: Tensor, expected: Tensor) -> bool:
 
 
 def launch(region: Region, x: Tensor, amaxes: list[Tensor], seed: Tensor | None, tile: Tile | None) -> list[Tensor]:
-    prepared = operations.prepare(region, tuple(x.shape), x.stride(), x.dtype, x.device, tile)
-    return operations.run(prepared, x, amaxes, seed)
+    return launch_on(region, [x], amaxes, seed, tile)
+
+
+def launch_on(
+    region: Region, inputs: list[Tensor], amaxes: list[Tensor], seed: Tensor | None, tile: Tile | None
+) -> list[Tensor]:
+    prepared = operations.prepare(region, [operations.layout(x) for x in inputs], inputs[0].device, tile)
+    return operations.run(prepared, inputs, amaxes, seed)
 
 
 def agree(
@@ -92,7 +98,7 @@ def agree(
     used = amaxes or [dialect.amax(here), dialect.amax(here.mT, DEFAULT_SIGNS)]
     key = torch.tensor(seed, dtype=torch.int64)
     found = iter(launch(region, x, [amax.to(x.device) for amax in used], key.to(x.device), tile))
-    expected = iter(evaluate(region, here, used, key))
+    expected = iter(evaluate(region, [here], used, key))
     for output in region.outputs:
         for _ in range(output.tensors):
             assert same(output, next(found), next(expected)), output
@@ -191,10 +197,10 @@ def test_more_elements_than_an_int32_counts(device: torch.device, axis: Axis) ->
         )
     )
     amax = torch.tensor(5.0)
-    found = operations.REGION(x, [amax.to(device)], None, region.to_json())
+    found = operations.REGION([x], [amax.to(device)], None, region.to_json())
     assert torch.equal(found[0], x.abs().amax().float())
     last = [tensor[-(64 * tensor.shape[0] // x.shape[0]) :] for tensor in found[1:]]
-    expected = evaluate(region, x[-64:].cpu(), [amax], None)[1:]
+    expected = evaluate(region, [x[-64:].cpu()], [amax], None)[1:]
     outputs = [output for output in region.outputs[1:] for _ in range(output.tensors)]
     for output, one, other in zip(outputs, last, expected, strict=True):
         assert same(output, one, other), output
@@ -210,7 +216,7 @@ def test_the_plain_amax_of_any_shape(device: torch.device, shape: tuple[int, ...
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     region = Region((Output(Form.AMAX),)).to_json()
     for turned in (x, x.permute(tuple(reversed(range(x.dim())))), x.mT if x.dim() > 1 else x):
-        (found,) = operations.REGION(turned, [], None, region)
+        (found,) = operations.REGION([turned], [], None, region)
         assert torch.equal(found.cpu(), dialect.AMAX(x.cpu()))
 
 
@@ -221,9 +227,9 @@ def test_empty_tensors(device: torch.device, shape: tuple[int, ...], region: Reg
     amaxes = [torch.zeros(()), torch.zeros(())]
     arguments = (amaxes, torch.tensor(1), region.to_json())
     found = operations.REGION(
-        x.to(device), [amax.to(device) for amax in amaxes], torch.tensor(1).to(device), arguments[2]
+        [x.to(device)], [amax.to(device) for amax in amaxes], torch.tensor(1).to(device), arguments[2]
     )
-    expected = dialect.REGION(x, *arguments)
+    expected = dialect.REGION([x], *arguments)
     for one, other in zip(found, expected, strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
         assert one.numel() == 0 or torch.equal(bits(one), bits(other))
@@ -372,8 +378,8 @@ def test_fakes_and_schemas_hold(device: torch.device) -> None:
     x = torch.randn(20, 33, device=device)
     amaxes, seed = [torch.tensor(3.0, device=device)] * 2, torch.tensor(3, device=device)
     outputs = (Output(Form.AMAX), Output(Form.PACKED, Axis.COLUMNS, TILE_BLOCK, "stochastic"), Output(Form.OPERAND))
-    opcheck(operations.REGION, (x, amaxes, seed, Region(outputs).to_json()), test_utils=tests)
-    codes, scales = operations.REGION(x, amaxes, None, Region((Output(Form.PACKED),)).to_json())
+    opcheck(operations.REGION, ([x], amaxes, seed, Region(outputs).to_json()), test_utils=tests)
+    codes, scales = operations.REGION([x], amaxes, None, Region((Output(Form.PACKED),)).to_json())
     opcheck(operations.DEQUANTIZE, (codes, scales, 33, False), test_utils=tests)
     a, b = (torch.randn(rows, 16, device=device).bfloat16() for rows in (8, 24))
     factors = torch.tensor([2.0, 0.0], device=device)

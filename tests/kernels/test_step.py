@@ -59,9 +59,12 @@ def bits(x: Tensor) -> Tensor:
     return (x + 0.0).view({2: torch.int16, 4: torch.int32}[x.element_size()])
 
 
-def check_region(region: Region, x: Tensor, amaxes: Sequence[Tensor], seed: Tensor | None, found: list[Tensor]) -> None:
+def check_region(
+    region: Region, inputs: Sequence[Tensor], amaxes: Sequence[Tensor], seed: Tensor | None, found: list[Tensor]
+) -> None:
     """Every tensor that a kernel gave is the reference's on the CPU, but for the sign of an operand's zero."""
-    expected = evaluate(region, x.cpu(), [amax.cpu() for amax in amaxes], None if seed is None else seed.cpu())
+    given, scales = [x.cpu() for x in inputs], [amax.cpu() for amax in amaxes]
+    expected = evaluate(region, given, scales, None if seed is None else seed.cpu())
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(bits(one), bits(other)), region
 
@@ -96,8 +99,8 @@ class BothWays(fx.Interpreter):
         self.compared[target] += 1
         if target is dialect.REGION:
             assert self._table.region is not None
-            x, amaxes, seed, text = args
-            check_region(Region.from_json(text), x, amaxes, seed, list(self._table.region(*args)))
+            inputs, amaxes, seed, text = args
+            check_region(Region.from_json(text), inputs, amaxes, seed, list(self._table.region(*args)))
         elif target is dialect.PRODUCT:
             a, b, a_amax, b_amax, bias, _ = args
             check_product(a, b, float(a_amax * b_amax) / 2688**2, bias, self._table.product(*args))
@@ -177,9 +180,9 @@ def test_a_compiled_step(device: torch.device, table: dialect.KernelTable, monke
     seen: list[Form] = []
     original = operations.run
 
-    def watched(launch: Any, x: Tensor, amaxes: Sequence[Tensor], seed: Tensor | None) -> list[Tensor]:
-        found = original(launch, x, amaxes, seed)
-        check_region(launch.region, x, amaxes, seed, found)
+    def watched(launch: Any, inputs: Sequence[Tensor], amaxes: Sequence[Tensor], seed: Tensor | None) -> list[Tensor]:
+        found = original(launch, inputs, amaxes, seed)
+        check_region(launch.region, inputs, amaxes, seed, found)
         seen.extend(output.form for output in launch.region.outputs)
         return found
 

@@ -459,7 +459,7 @@ def test_every_matrix_is_read_once_for_its_amaxes() -> None:
     for one in partitioned(graph):
         fuse(one)
         read = [
-            (node.args[0], node.args[3].startswith('{"outputs": [{"form": "amax"'))
+            (node.args[0][0], node.args[3].startswith('{"outputs": [{"form": "amax"'))
             for node in one.find_nodes(op="call_function", target=REGION)
         ]
         assert read

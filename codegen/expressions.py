@@ -1,0 +1,57 @@
+"""The Triton source of a prologue: a jit function from float32 elements of the inputs to those of the matrices."""
+
+from __future__ import annotations
+
+import math
+
+from nvfp4c.prologue import Argument, Prologue, Step
+
+TEMPLATES = {
+    "abs": "tl.abs({})",
+    "add": "{} + {}",
+    "cube": "{0} * {0} * {0}",
+    "div": "tl.math.div_rn({}, {})",
+    "eq": "{} == {}",
+    "erf": "tl.erf({})",
+    "exp": "tl.exp({})",
+    "ge": "{} >= {}",
+    "gt": "{} > {}",
+    "le": "{} <= {}",
+    "lt": "{} < {}",
+    "maximum": "larger({}, {})",
+    "minimum": "smaller({}, {})",
+    "mul": "{} * {}",
+    "neg": "-1.0 * {}",
+    "reciprocal": "tl.math.div_rn(1.0, {})",
+    "relu": "larger({}, 0.0)",
+    "rsqrt": "tl.math.div_rn(1.0, tl.sqrt_rn({}))",
+    "sigmoid": "tl.sigmoid({})",
+    "sqrt": "tl.sqrt_rn({})",
+    "square": "{0} * {0}",
+    "sub": "{} - {}",
+    "tanh": "tanh({})",
+    "to": "{}",
+    "where": "tl.where({}, {}, {})",
+}
+"""Of each operation of `nvfp4c.prologue.OPERATIONS`, on float32. A minus sign would be 0 - x, which turns 0 into 0."""
+
+
+def prologue_source(prologue: Prologue) -> list[str]:
+    """Lines of the function `prologue(v0, v1, ..)`, which gives one matrix, or a tuple of several."""
+    names = ", ".join(f"v{place}" for place in range(len(prologue.inputs)))
+    lines = ["@triton.jit", f"def prologue({names}):"]
+    for place, step in enumerate(prologue.steps, len(prologue.inputs)):
+        lines.append(f"    v{place} = {_expression(step)}")
+    results = ", ".join(f"v{place}" for place in prologue.results)
+    return [*lines, f"    return {results}", "", ""]
+
+
+def _expression(step: Step) -> str:
+    computed = TEMPLATES[step.operation].format(*map(_argument, step.arguments))
+    return computed if step.dtype in ("float32", "bool") else f"rounded_{step.dtype}({computed})"
+
+
+def _argument(given: Argument) -> str:
+    if isinstance(given, int):
+        return f"v{given}"
+    return repr(given) if math.isfinite(given) else f'float("{given}")'
