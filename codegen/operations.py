@@ -74,13 +74,15 @@ def layout(x: Tensor) -> Layout:
 class Launch:
     """All about the launches of a region that shapes, strides and types determine.
 
-    buffers: shape and type of every tensor but the amaxes. numbers, constants: arguments of the kernel. kernels:
-    compiled, by which tensors are aligned; asking Triton for them at every launch would take long.
+    buffers: shape and type of every tensor. amaxes: the places of those that have to start as 0. numbers, constants:
+    arguments of the kernel. kernels: compiled, by which tensors are aligned; asking Triton for them at every launch
+    would take long.
     """
 
     region: Region
     programs: int
-    buffers: tuple[tuple[Sequence[int | torch.SymInt], torch.dtype] | None, ...]
+    buffers: tuple[tuple[Sequence[int | torch.SymInt], torch.dtype], ...]
+    amaxes: tuple[int, ...]
     numbers: tuple[int, ...]
     constants: tuple[int, ...]
     warps: int
@@ -108,14 +110,12 @@ def prepare(
     even = rows % height == 0 and columns % tile.columns == 0
     native = not INTERPRETED and (capability or torch.cuda.get_device_capability(device)) >= E4M3_CAPABILITY
     strides = [step for x in full for step in x.stride()[:2]]
+    buffers = [(output, buffer) for output in region.outputs for buffer in shapes(output, matrices[output.matrix])]
     return Launch(
         region=region,
         programs=count * triton.cdiv(rows, height) * triton.cdiv(columns, tile.columns),
-        buffers=tuple(
-            None if output.form is Form.AMAX else described
-            for output in region.outputs
-            for described in shapes(output, matrices[output.matrix])
-        ),
+        buffers=tuple(buffer for _, buffer in buffers),
+        amaxes=tuple(place for place, (output, _) in enumerate(buffers) if output.form is Form.AMAX),
         numbers=(rows, columns, *strides, *(o.stream for o in region.outputs if o.stochastic)),
         constants=(tile.groups, tile.columns, LOAD_BYTES // max(x.dtype.itemsize for x in full), even, native),
         warps=tile.warps,
@@ -135,10 +135,9 @@ def region(inputs: Sequence[Tensor], amaxes: Sequence[Tensor], seed: Tensor | No
 def run(launch: Launch, inputs: Sequence[Tensor], amaxes: Sequence[Tensor], seed: Tensor | None) -> list[Tensor]:
     """`region`, as prepared."""
     x, region = inputs[0], launch.region
-    amax_count = launch.buffers.count(None)
-    # One fill sets all of them to 0. Each is as aligned as a tensor of its own, so that kernels are compiled once.
-    zeros = iter(x.new_zeros((amax_count, 4), dtype=torch.float32)[:, 0].unbind() if amax_count else ())
-    found = [next(zeros) if given is None else x.new_empty(given[0], dtype=given[1]) for given in launch.buffers]
+    found = [x.new_empty(shape, dtype=dtype) for shape, dtype in launch.buffers]
+    if launch.amaxes:
+        torch._foreach_zero_([found[place] for place in launch.amaxes])  # one launch for all
     if launch.programs:
         given = (_as_input(x, kind, region) for x, kind in zip(inputs, region.prologue.inputs, strict=True))
         buffers = (buffer.view(torch.uint8) if buffer.dtype == torch.float8_e4m3fn else buffer for buffer in found)

@@ -277,7 +277,7 @@ def _region(node: fx.Node, capability: tuple[int, int]) -> Launched | None:
         *(dtype for _, _, dtype in layouts),
         *[torch.float32] * region.amax_count,
         None if seed is None else torch.int64,
-        *(torch.float32 if buffer is None else buffer[1] for buffer in launch.buffers),
+        *(dtype for _, dtype in launch.buffers),
         *launch.numbers,
     )
     source = emit.emit(region).source
@@ -335,7 +335,7 @@ def _numbers(sizes: Sequence[int | torch.SymInt]) -> tuple[int, ...]:
 
 
 def _use(half: Half, node: fx.Node) -> Use:
-    reads = arguments(node)[:2] if node.target is PRODUCT else arguments(node)[:1]
+    reads = arguments(node)[0] if node.target is REGION else arguments(node)[: 2 if node.target is PRODUCT else 1]
     return Use(half.title, node.name, " and ".join(_shape(read.meta["val"]) for read in reads), sites(half, node))
 
 
