@@ -90,8 +90,8 @@ class Kernel:
 def emit(region: Region) -> Kernel:
     """The kernel of a region. Equal regions, whatever their streams, give equal source."""
     places = list(enumerate(region.outputs))
-    down = [(place, output) for place, output in places if _is_down(output)]
-    along = [(place, output) for place, output in places if not _is_down(output)]
+    down = [(place, output) for place, output in places if output.by_columns]
+    along = [(place, output) for place, output in places if not output.by_columns]
     body = [*_before(region), *(_down(region, down) if down else []), *(_along(region, along) if along else [])]
     buffers = tuple(name for place, output in places for name in _buffers(place, output))
     streams = [f"stream{place}" for place, output in places if output.stochastic]
@@ -120,11 +120,6 @@ def _title(region: Region) -> str:
     title = "; ".join(map(one, region.outputs))
     operations = list(dict.fromkeys(step.operation for step in region.prologue.steps if step.operation != "to"))
     return f"{title} of {', '.join(operations)}" if operations else title
-
-
-def _is_down(output: Output) -> bool:
-    """Whether an output is computed down the columns. A plain amax and a value need no blocks, so they go there too."""
-    return output.down or output.form is Form.VALUE or (output.form is Form.AMAX and output.signs is None)
 
 
 def _buffers(place: int, output: Output) -> list[str]:

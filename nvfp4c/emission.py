@@ -185,7 +185,7 @@ def emit_task(
     options = option_parsing.parse(given)
     with whole_folder(out) as folder:
         watch("capturing", 0, 1)
-        halves = fused_graphs(task, options)
+        halves = fused_graphs(task, options, target)
         gathered = programs(halves, target)
         found = []
         for number, (program, uses) in enumerate(gathered.items()):

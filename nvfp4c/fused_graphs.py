@@ -12,14 +12,10 @@ from torch._inductor.compile_fx import fake_tensor_prop
 
 from nvfp4c import pipeline
 from nvfp4c.capture import CapturedGraph, capture
-from nvfp4c.dialect import Stage, arguments, matmul_of
+from nvfp4c.dialect import arguments, matmul_of
 from nvfp4c.options import Options
-from nvfp4c.passes.fuse import fuse
 from nvfp4c.passes.graph_edit import backward_nodes
-from nvfp4c.pipeline import Step
 from nvfp4c.tasks import Task
-
-FUSE = Step("fuse", fuse, Stage.FUSED)
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class Half:
     saved: Mapping[fx.Node, fx.Node]
 
 
-def fused_graphs(task: Task, options: Options) -> list[Half]:
+def fused_graphs(task: Task, options: Options, target: str) -> list[Half]:
     """The forward and backward graphs of a task as they are before the target's operations replace the dialect's."""
     with torch.set_grad_enabled(task.loss is not None):
         captured = capture(task.model, *task.example(), call=task.loss)
@@ -47,11 +43,11 @@ def fused_graphs(task: Task, options: Options) -> list[Half]:
         forward, *backward = partitioned(one)
         inputs = {node.name: node for module in backward for node in module.graph.find_nodes(op="placeholder")}
         names = [node.name for node in _results(forward.graph)]
-        _fuse(forward, {})
+        _fuse(forward, {}, target)
         # Fusing makes new nodes for what is saved, at the same places.
         results = dict(zip(names, _results(forward.graph), strict=True))
         for module in backward:
-            _fuse(module, results)
+            _fuse(module, results, target)
         saved = {node: inputs[name] for name, node in results.items() if name in inputs}
         suffix = f" {number}" if len(captured) > 1 else ""
         halves.append(Half(f"forward{suffix}", forward.graph, saved))
@@ -80,8 +76,8 @@ def _results(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in arguments(output)[0] if isinstance(node, fx.Node)]
 
 
-def _fuse(module: fx.GraphModule, given: Mapping[str, fx.Node]) -> None:
-    """The pass of that name.
+def _fuse(module: fx.GraphModule, given: Mapping[str, fx.Node], target: str) -> None:
+    """The passes that gather what one kernel can compute.
 
     given: what an input is in another graph, by its name. As in Inductor, values are derived anew first: strides too
     are then those of what is really saved.
@@ -90,7 +86,7 @@ def _fuse(module: fx.GraphModule, given: Mapping[str, fx.Node]) -> None:
     graph.eliminate_dead_code()
     inputs = [given.get(node.name, node).meta["val"] for node in graph.find_nodes(op="placeholder")]
     fake_tensor_prop(module, inputs, force_allow_non_fake_inputs=True)
-    pipeline.run(graph, (FUSE,), "emit")
+    pipeline.run(graph, pipeline.fusing(target), "emit")
 
 
 def sites(half: Half, node: fx.Node) -> tuple[str, ...]:

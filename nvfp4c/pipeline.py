@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from nvfp4c import cost
 from nvfp4c.debug import GraphLog
 from nvfp4c.dialect import KernelTable, Stage
+from nvfp4c.passes.absorb import Absorb
 from nvfp4c.passes.assign import Assign
 from nvfp4c.passes.classify import Classify
 from nvfp4c.passes.fold_hadamard import fold_hadamard
@@ -57,7 +59,14 @@ def rewrite() -> tuple[Step, ...]:
 def lowering(table: KernelTable) -> tuple[Step, ...]:
     """Turn the dialect into what a target runs, on the forward and the backward graph apart."""
     lower = Step("lower", Lower(table), Stage.LOWERED)
-    return (lower,) if table.region is None else (Step("fuse", fuse, Stage.FUSED), lower)
+    if table.region is None:
+        return (lower,)
+    return (*fusing(table.target), lower)
+
+
+def fusing(target: str) -> tuple[Step, ...]:
+    """Gather what one kernel can compute, for targets whose kernels are regions."""
+    return Step("fuse", fuse, Stage.FUSED), Step("absorb", Absorb(cost.MACHINES[target]), Stage.FUSED)
 
 
 def run(graph: fx.Graph, steps: Sequence[Step], title: str, observers: Sequence[Observer] = ()) -> fx.Graph:

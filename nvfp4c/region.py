@@ -77,6 +77,11 @@ class Output:
     def down(self) -> bool:
         return self.axis is Axis.COLUMNS
 
+    @property
+    def by_columns(self) -> bool:
+        """Whether a kernel computes it down the columns. A plain amax and a value need no blocks, and are too."""
+        return self.down or self.form is Form.VALUE or (self.form is Form.AMAX and self.signs is None)
+
 
 @dataclass(frozen=True)
 class Region:

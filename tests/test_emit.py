@@ -122,7 +122,7 @@ def test_kernels_are_compiled_as_they_are_launched(trained: Trained) -> None:
         assert kernel["mma"] == []
     for kernel in regions:
         stochastic = "stochastic" in kernel["computes"]
-        assert {"x: *bf16", "NATIVE = True", "4 warps", f"COLUMNS = {128 if stochastic else 256}"} <= set(
+        assert {"i0: *bf16", "NATIVE = True", "4 warps", f"COLUMNS = {128 if stochastic else 256}"} <= set(
             kernel["specialisation"]
         )
         assert ("seed = None" not in kernel["specialisation"]) == stochastic

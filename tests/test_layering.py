@@ -18,13 +18,15 @@ LONGEST_FILE = 500
 
 NUMERICS = {"nvfp4c.formats", "nvfp4c.errors"}
 REGION = {"nvfp4c.formats", "nvfp4c.numerics", "nvfp4c.philox", "nvfp4c.errors"}
-DIALECT = REGION | {"nvfp4c.region"}
+DIALECT = REGION | {"nvfp4c.prologue", "nvfp4c.region"}
 MAY_IMPORT = {
     "nvfp4c.errors": set(),
     "nvfp4c.formats": {"torch"},
     "nvfp4c.numerics": {"torch"} | NUMERICS,
     "nvfp4c.philox": {"torch"} | NUMERICS,
-    "nvfp4c.region": {"torch"} | REGION,
+    "nvfp4c.prologue": {"torch"},
+    "nvfp4c.region": {"torch", "nvfp4c.prologue"} | REGION,
+    "nvfp4c.cost": {"torch", "sympy", "nvfp4c.prologue", "nvfp4c.region"},
     "nvfp4c.dialect": {"torch"} | DIALECT,
     "nvfp4c.verify": {"torch", "nvfp4c.dialect", "nvfp4c.formats", "nvfp4c.errors"},
     "nvfp4c.files": set(),
@@ -35,7 +37,9 @@ MAY_IMPORT = {
         "networkx",
         "sympy",
         "nvfp4c.passes",
+        "nvfp4c.cost",
         "nvfp4c.dialect",
+        "nvfp4c.prologue",
         "nvfp4c.region",
         "nvfp4c.formats",
         "nvfp4c.errors",
@@ -50,6 +54,7 @@ MAY_IMPORT = {
         "sympy",
         "nvfp4c.codegen",
         "nvfp4c.dialect",
+        "nvfp4c.prologue",
         "nvfp4c.region",
         "nvfp4c.formats",
         "nvfp4c.philox",
