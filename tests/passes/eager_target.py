@@ -85,7 +85,7 @@ PACKED = replace(EAGER, target="packed", operand=None)
 """A target without an unpacked form."""
 
 REGIONS = KernelTable(
-    target="regions",
+    target="sm_90",
     operand_dtype=torch.bfloat16,
     region=eager.region.default,
     dequantize=eager.values.default,
