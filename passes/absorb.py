@@ -246,12 +246,22 @@ class _Rewriting:
     def _take_over(self, matrix: fx.Node, base: fx.Node, value: fx.Node) -> dict[fx.Node, fx.Node]:
         """Let what reads a matrix, or what it is a view of, read the value."""
         matrix.replace_all_uses_with(value)
+        _move_after(value, value.users)
         if base is matrix:
             return {matrix: value}
         with self.graph.inserting_after(value):
             view = insert(self.graph, aten.view.default, (value, _sizes(base.meta["val"].shape)), base)
         base.replace_all_uses_with(view, delete_user_cb=lambda user: user is not matrix)
+        _move_after(view, view.users)
         return {matrix: value, base: view}
+
+
+def _move_after(node: fx.Node, readers: Iterable[fx.Node]) -> None:
+    """Put what reads a node behind it, and what reads that. Only views stand before it: all else was found later."""
+    for reader in list(readers):
+        if reader < node:
+            node.append(reader)
+            _move_after(reader, reader.users)
 
 
 def _sizes(shape: Sequence[int | torch.SymInt]) -> list[int]:
