@@ -286,11 +286,12 @@ def _out(buffer: str, height: str, width: str, first: str) -> str:
 
 def _along(region: Region, outputs: list[tuple[int, Output]]) -> list[str]:
     inputs = list(enumerate(region.prologue.inputs))
-    blocks = "load_blocks(o{0}, row, block_of, rows_left, columns_left, i{0}_row, 0, 16, WIDTH, EVEN)"
+    # Numbers of columns are loaded as if each row had its own: threads then hold the same elements of all inputs.
+    blocks = "to_float32(load_blocks(o{0}, row, block_of, rows_left, columns_left, %s, 0, 16, WIDTH, EVEN))"
     loaded = {
-        Kind.FULL: f"to_float32({blocks})",
+        Kind.FULL: blocks % "i{0}_row",
         Kind.ROW: "load_line(o{0} + row, row < rows_left, EVEN)[:, :, None]",
-        Kind.COLUMN: "load_line(o{0} + element, element < columns_left, EVEN)",
+        Kind.COLUMN: blocks % "0",
     }
     names = [f"m{m}" for m in range(len(region.prologue.results))]
     inside = "(row < rows_left)[:, :, None] & (element < columns_left)"
