@@ -239,12 +239,13 @@ def _fake_dequantize(codes: Tensor, scales: Tensor, k: int, down: bool) -> Tenso
     return codes.new_empty(shape, dtype=torch.bfloat16)
 
 
-def _schema(operation: torch._ops.OpOverload) -> str:
+def schema(operation: torch._ops.OpOverload) -> str:
+    """That of an operation of the dialect, for one of the same name."""
     return str(operation._schema).removeprefix("nvfp4::")
 
 
 _OPERATIONS = (
-    (_schema(dialect.REGION), region, dialect.REGION),
+    (schema(dialect.REGION), region, dialect.REGION),
     ("dequantize(Tensor codes, Tensor scales, SymInt k, bool down) -> Tensor", dequantize, _fake_dequantize),
     (
         "product(Tensor a, Tensor b, Tensor factors, Tensor? bias, ScalarType out_dtype) -> Tensor",

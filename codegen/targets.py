@@ -94,12 +94,13 @@ def _cpu_table() -> KernelTable:
 
 def _gpu_table(target: Target) -> KernelTable:
     # Imported here because it imports triton, which a machine without a GPU need not have.
-    from nvfp4c.codegen import operations
+    from nvfp4c.codegen import cached_weight, operations
 
     return KernelTable(
         target=target.name,
         operand_dtype=torch.bfloat16,
         region=operations.REGION,
+        weight=cached_weight.WEIGHT,
         dequantize=operations.dequantized,
         product=operations.scaled_product,
         names={"matmul": "triton: quantise; cuBLAS BF16 GEMM", "dequantize": "triton: quantise, dequantise"},

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nvfp4c.numerics import NVFP4Tensor
     from nvfp4c.plan import PrecisionPlan
     from nvfp4c.recipe import RECIPES, Recipe
+    from nvfp4c.weight_cache import clear_weight_cache, weight_cache_info
 
 __version__ = "0.1.0"
 
@@ -26,10 +27,23 @@ _HOMES = {
     "PrecisionPlan": "plan",
     "Recipe": "recipe",
     "Row": "explanation",
+    "clear_weight_cache": "weight_cache",
     "explain": "explanation",
+    "weight_cache_info": "weight_cache",
 }
 
-__all__ = ["RECIPES", "Explanation", "NVFP4Tensor", "PrecisionPlan", "Recipe", "Row", "__version__", "explain"]
+__all__ = [
+    "RECIPES",
+    "Explanation",
+    "NVFP4Tensor",
+    "PrecisionPlan",
+    "Recipe",
+    "Row",
+    "__version__",
+    "clear_weight_cache",
+    "explain",
+    "weight_cache_info",
+]
 
 
 def __getattr__(name: str) -> object:

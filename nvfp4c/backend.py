@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.cpp_builder import get_cpp_compiler
@@ -29,7 +30,7 @@ from nvfp4c.codegen.targets import Target
 from nvfp4c.errors import TargetError
 from nvfp4c.options import Options
 from nvfp4c.pipeline import Observer, Step
-from nvfp4c.sites import ModelNames, find_root, names_of
+from nvfp4c.sites import ModelNames, find_root, names_of, under_fsdp
 
 PACKAGE = Path(__file__).parent
 
@@ -80,10 +81,14 @@ def compile_graph(
         target = targets.resolve(options.target, device_of(example_inputs))
         if target.name == "cpu":
             check_cpp_compiler()
-        key = None if observers or debug.wanted() else cache_key(gm, options, target, names)
+        table = targets.kernel_table(target)
+        cudagraphs = patches.get("triton.cudagraphs", inductor_config.triton.cudagraphs)
+        kept = "off" if table.weight is None or cudagraphs or under_fsdp() else options.weight_cache
+        key = None if observers or debug.wanted() else cache_key(gm, options, target, names, kept)
         joint = (*pipeline.decide(options.recipe, options.plan, names), *pipeline.rewrite())
+        joint += pipeline.remember(names, kept)
         patches["joint_custom_pre_pass"] = GraphPass("joint", joint, key, observers)
-        lower = pipeline.lowering(targets.kernel_table(target))
+        lower = pipeline.lowering(table)
         patches["post_grad_custom_pre_pass"] = GraphPass("lower", lower, key, observers)
     compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[assignment]
     return compiled
@@ -106,12 +111,15 @@ def check_cpp_compiler() -> None:
         ) from error
 
 
-def cache_key(gm: fx.GraphModule, options: Options, target: Target, names: ModelNames) -> str:
+def cache_key(
+    gm: fx.GraphModule, options: Options, target: Target, names: ModelNames, weight_cache: str = "off"
+) -> str:
     """Everything that compiled code depends on beyond the graph itself: our sources, the policy, the names of sites."""
     policy = {
         "recipe": options.recipe.to_dict(),
         "plan": options.plan.to_dict(),
         "target": target.name,
+        "weight_cache": weight_cache,
         "inputs": [asdict(described) for described in names.inputs],
         "held": {name: asdict(described) for name, described in names.held.items()},
         "weights": list(names.weights),

@@ -19,7 +19,7 @@ from torch.fx.node import Target
 
 from nvfp4c import numerics, philox
 from nvfp4c.formats import block_count, padded
-from nvfp4c.region import Region, empty_outputs, evaluate
+from nvfp4c.region import Region, empty_outputs, evaluate, reduction
 
 LIBRARY = torch.library.Library("nvfp4", "DEF")
 
@@ -184,6 +184,17 @@ def region_outputs(
     return evaluate(Region.from_json(region), inputs, amaxes, seed)
 
 
+def weight(w: Tensor, dtype: torch.dtype, region: str, sure: bool) -> list[Tensor]:
+    """The amax of a parameter, then every tensor of a region of it; its outputs differ in form only.
+
+    dtype: rounded to it first. sure: whether what was made for the same version may be used although no update of the
+    parameter was seen yet, as in a backward. How often the work is really done is left to the target.
+    """
+    matrix, found = [w.to(dtype)], Region.from_json(region)
+    (amax,) = evaluate(reduction(found), matrix, [], None)
+    return [amax, *evaluate(found, matrix, [amax], None)]
+
+
 def product(
     a: Tensor, b: Tensor, a_amax: Tensor, b_amax: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
@@ -220,6 +231,11 @@ def _fake_dequantize(codes: Tensor, scales: Tensor, amax: Tensor | None, k: int,
 
 def _fake_region(inputs: Sequence[Tensor], amaxes: Sequence[Tensor], seed: Tensor | None, region: str) -> list[Tensor]:
     return empty_outputs(Region.from_json(region), inputs)
+
+
+def _fake_weight(w: Tensor, dtype: torch.dtype, region: str, sure: bool) -> list[Tensor]:
+    found = Region.from_json(region)
+    return [part for each in (reduction(found), found) for part in empty_outputs(each, [w])]
 
 
 def _fake_product(
@@ -262,6 +278,7 @@ _OPERATIONS = (
         _fake_scaled_mm,
     ),
     ("region(Tensor[] inputs, Tensor[] amaxes, Tensor? seed, str region) -> Tensor[]", region_outputs, _fake_region),
+    ("weight(Tensor w, ScalarType dtype, str region, bool sure) -> Tensor[]", weight, _fake_weight),
     (
         "product(Tensor a, Tensor b, Tensor a_amax, Tensor b_amax, Tensor? bias, ScalarType out_dtype) -> Tensor",
         product,
@@ -275,7 +292,7 @@ def _contiguous(reference: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: reference(*args, **kwargs).contiguous()
 
 
-ORIENTED = (quantize, dequantize, transpose, region_outputs)
+ORIENTED = (quantize, dequantize, transpose, region_outputs, weight)
 """Those that lay out their results themselves."""
 
 for _schema, _reference, _fake in _OPERATIONS:
@@ -292,9 +309,12 @@ TRANSPOSE = torch.ops.nvfp4.transpose.default
 DEQUANTIZE = torch.ops.nvfp4.dequantize.default
 SCALED_MM = torch.ops.nvfp4.scaled_mm.default
 REGION = torch.ops.nvfp4.region.default
+WEIGHT = torch.ops.nvfp4.weight.default
 PRODUCT = torch.ops.nvfp4.product.default
 
-OPERATIONS: frozenset[Target] = frozenset({HADAMARD, AMAX, QUANTIZE, TRANSPOSE, DEQUANTIZE, SCALED_MM, REGION, PRODUCT})
+OPERATIONS: frozenset[Target] = frozenset(
+    {HADAMARD, AMAX, QUANTIZE, TRANSPOSE, DEQUANTIZE, SCALED_MM, REGION, WEIGHT, PRODUCT}
+)
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:
@@ -327,7 +347,8 @@ class KernelTable:
     target's own. Arguments are those of the dialect operation of the same name.
 
     A target has either `region`, one kernel for all that is computed from a matrix, or the four before it. `operand` is
-    quantize followed by dequantize, for an operand whose packed form nobody needs; None where there is none.
+    quantize followed by dequantize, for an operand whose packed form nobody needs; None where there is none. `weight`
+    is a region of a parameter, not computed again while the parameter stays as it is; None where nothing is kept.
     `dequantize` and `operand` return code * scale in `operand_dtype` (exact in BF16), without the global factor.
     names: what `explain` calls a matmul both of whose operands are quantised, and one of which one is.
     """
@@ -342,3 +363,4 @@ class KernelTable:
     quantize: Callable[..., tuple[Tensor, Tensor]] | None = None
     operand: Callable[..., Tensor] | None = None
     region: Callable[..., Sequence[Tensor]] | None = None
+    weight: Callable[..., Sequence[Tensor]] | None = None

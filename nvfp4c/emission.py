@@ -28,10 +28,10 @@ import triton
 from torch import Tensor, fx
 
 from nvfp4c import options as option_parsing
-from nvfp4c.codegen import block_scaled_gemm, emit, kernels, operations
+from nvfp4c.codegen import block_scaled_gemm, cached_weight, emit, kernels, operations
 from nvfp4c.codegen.assembly import Assembly, assemble
 from nvfp4c.codegen.targets import TARGETS
-from nvfp4c.dialect import DEQUANTIZE, PRODUCT, REGION, arguments
+from nvfp4c.dialect import DEQUANTIZE, PRODUCT, REGION, WEIGHT, arguments
 from nvfp4c.errors import OptionError, TargetError, nearest
 from nvfp4c.fused_graphs import Half, fused_graphs, sites
 from nvfp4c.region import Region
@@ -251,32 +251,50 @@ def programs(halves: Sequence[Half], target: str) -> dict[Program, list[Use]]:
     products: dict[Program, list[Use]] = defaultdict(list)
     for half in halves:
         for node in half.graph.nodes:
-            program = None
-            if node.target is REGION:
-                program = _region(node, capability)
-            elif node.target is DEQUANTIZE:
-                program = _unpacking(node)
-            if program is not None:
+            for program in _launches(node, capability):
                 found[program].append(_use(half, node))
-            elif node.target is PRODUCT and target in BLACKWELL:
+            if node.target is PRODUCT and target in BLACKWELL:
                 bias = arguments(node)[4]
                 native = NativeProduct(arguments(node)[5], None if bias is None else bias.meta["val"].dtype)
                 products[native].append(_use(half, node))
     return found | products
 
 
-def _region(node: fx.Node, capability: tuple[int, int]) -> Launched | None:
-    """What `operations.region` launches; None for an empty matrix."""
-    inputs, _, seed, text = arguments(node)
-    region = Region.from_json(text)
-    layouts = [(_numbers(x.shape), _numbers(x.stride()), x.dtype) for x in (one.meta["val"] for one in inputs)]
+def _launches(node: fx.Node, capability: tuple[int, int]) -> list[Launched]:
+    """The emitted kernels that a node launches; none where it computes an empty matrix."""
+    if node.target is REGION:
+        inputs, _, seed, text = arguments(node)
+        region = _region(Region.from_json(text), [_layout(x.meta["val"]) for x in inputs], seed is not None, capability)
+        return [] if region is None else [region]
+    if node.target not in (WEIGHT, DEQUANTIZE) or 0 in _numbers(arguments(node)[0].meta["val"].shape):
+        return []
+    if node.target is DEQUANTIZE:
+        codes, values = arguments(node)[0].meta["val"], node.meta["val"]
+        down = codes.stride(-1) != 1
+        return [_unpacking((values.mT if down else values).shape, down)]
+    weight, dtype, text, _ = arguments(node)
+    shape, stride, _ = _layout(weight.meta["val"])
+    needed = cached_weight.regions(text)
+    both = (_region(region, [(shape, stride, dtype)], False, capability) for region in (needed.reduce, needed.fill))
+    found = [region for region in both if region is not None]
+    return [*found, *(_unpacking(node.meta["val"][-1].shape, needed.packed.down) for _ in needed.fill.outputs[1:])]
+
+
+def _layout(x: Tensor) -> operations.Layout:
+    return _numbers(x.shape), _numbers(x.stride()), x.dtype
+
+
+def _region(
+    region: Region, layouts: Sequence[operations.Layout], random: bool, capability: tuple[int, int]
+) -> Launched | None:
+    """What `operations.region` launches; None for an empty matrix. random: whether it is given a seed."""
     launch = operations.prepare(region, layouts, torch.device("cuda"), capability=capability)
     if not launch.programs:
         return None
     given = (
         *(dtype for _, _, dtype in layouts),
         *[torch.float32] * region.amax_count,
-        None if seed is None else torch.int64,
+        torch.int64 if random else None,
         *(dtype for _, dtype in launch.buffers),
         *launch.numbers,
     )
@@ -287,13 +305,9 @@ def _region(node: fx.Node, capability: tuple[int, int]) -> Launched | None:
     return _launched(stem, operations.emitted(region), given, constants, launch.warps, source, title)
 
 
-def _unpacking(node: fx.Node) -> Launched | None:
-    """What `operations.dequantized` launches; None for an empty matrix."""
-    codes, values = arguments(node)[0].meta["val"], node.meta["val"]
-    down = codes.stride(-1) != 1
-    *_, rows, columns = _numbers((values.mT if down else values).shape)
-    if 0 in _numbers(values.shape):
-        return None
+def _unpacking(shape: Sequence[int | torch.SymInt], down: bool) -> Launched:
+    """What `operations.dequantize` launches for values of a shape."""
+    *_, rows, columns = _numbers(shape)
     kernel = kernels.unpack_columns if down else kernels.unpack_rows
     tile = operations.UNPACK_TILE
     given = (torch.uint8, torch.uint8, torch.bfloat16, rows, columns)

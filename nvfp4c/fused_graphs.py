@@ -39,6 +39,7 @@ def fused_graphs(task: Task, options: Options, target: str) -> list[Half]:
         if one.names.weights:
             options.plan.check_sites(one.names.weights)
         steps = (*pipeline.decide(options.recipe, options.plan, one.names), *pipeline.rewrite())
+        steps += pipeline.remember(one.names, options.weight_cache)
         pipeline.run(one.graph, steps, "emit-joint")
         forward, *backward = partitioned(one)
         inputs = {node.name: node for module in backward for node in module.graph.find_nodes(op="placeholder")}

@@ -13,19 +13,24 @@ from nvfp4c.errors import OptionError, TargetError, nearest
 from nvfp4c.plan import EMPTY_PLAN, PrecisionPlan
 from nvfp4c.recipe import DEFAULT_RECIPE, Recipe
 
-OPTIONS = ("recipe", "plan", "target", "mode")
+OPTIONS = ("recipe", "plan", "target", "mode", "weight_cache")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+WEIGHT_CACHES = ("off", "training", "always")
 OLDEST_TORCH, NEXT_TORCH = (2, 11), (2, 16)
 
 
 @dataclass(frozen=True)
 class Options:
-    """recipe: what to do. plan: where. target: "auto" or a target's name. mode: what it means for Inductor."""
+    """recipe: what to do. plan: where. target: "auto" or a target's name. mode: what it means for Inductor.
+
+    weight_cache: in which graphs a weight that stays the same is quantised only once; on GPUs.
+    """
 
     recipe: Recipe = recipes.RECIPES[DEFAULT_RECIPE]
     plan: PrecisionPlan = EMPTY_PLAN
     target: str = "auto"
     mode: str = "default"
+    weight_cache: str = "training"
 
     @property
     def changes_nothing(self) -> bool:
@@ -48,11 +53,17 @@ def parse(options: Mapping[str, object] | None = None, mode: str | None = None) 
     target = given.get("target", "auto")
     if not isinstance(target, str):
         raise OptionError(f"target must be a name such as 'auto' or 'sm_90', got {type(target).__name__}")
+    kept = given.get("weight_cache", True)
+    kept = {True: "training", False: "off"}.get(kept, kept) if isinstance(kept, bool) else kept
+    if kept not in WEIGHT_CACHES:
+        valid = ", ".join(WEIGHT_CACHES)
+        raise OptionError(f"weight_cache must be True, False, or one of {valid}; got {kept!r}")
     return Options(
         recipe=recipes.get(given.get("recipe", DEFAULT_RECIPE)),  # type: ignore[arg-type]
         plan=plans.get(given.get("plan")),
         target=target,
         mode=str(chosen),
+        weight_cache=str(kept),
     )
 
 

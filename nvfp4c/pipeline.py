@@ -12,6 +12,7 @@ from nvfp4c.debug import GraphLog
 from nvfp4c.dialect import KernelTable, Stage
 from nvfp4c.passes.absorb import Absorb
 from nvfp4c.passes.assign import Assign
+from nvfp4c.passes.cache_weights import MarkWeights, cache_weights
 from nvfp4c.passes.classify import Classify
 from nvfp4c.passes.fold_hadamard import fold_hadamard
 from nvfp4c.passes.fuse import fuse
@@ -56,6 +57,12 @@ def rewrite() -> tuple[Step, ...]:
     )
 
 
+def remember(names: ModelNames, weight_cache: str) -> tuple[Step, ...]:
+    """Let weights be quantised once a version, on the joint graph; where, as in `Options`."""
+    mark = Step("mark_weights", MarkWeights(names, inference=weight_cache == "always"), Stage.SCALED)
+    return () if weight_cache == "off" else (mark,)
+
+
 def lowering(table: KernelTable) -> tuple[Step, ...]:
     """Turn the dialect into what a target runs, on the forward and the backward graph apart."""
     lower = Step("lower", Lower(table), Stage.LOWERED)
@@ -66,7 +73,11 @@ def lowering(table: KernelTable) -> tuple[Step, ...]:
 
 def fusing(target: str) -> tuple[Step, ...]:
     """Gather what one kernel can compute, for targets whose kernels are regions."""
-    return Step("fuse", fuse, Stage.FUSED), Step("absorb", Absorb(cost.MACHINES[target]), Stage.FUSED)
+    return (
+        Step("fuse", fuse, Stage.FUSED),
+        Step("cache_weights", cache_weights, Stage.FUSED),
+        Step("absorb", Absorb(cost.MACHINES[target]), Stage.FUSED),
+    )
 
 
 def run(graph: fx.Graph, steps: Sequence[Step], title: str, observers: Sequence[Observer] = ()) -> fx.Graph:

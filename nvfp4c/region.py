@@ -120,6 +120,13 @@ class Region:
         return Region(tuple(map(output, data["outputs"])), prologue)
 
 
+def reduction(region: Region) -> Region:
+    """The region of the one amax that every output of `region` is quantised by."""
+    output = region.outputs[0]
+    axis = Axis.ROWS if output.signs is None else output.axis
+    return Region((Output(Form.AMAX, axis, signs=output.signs),))
+
+
 Shape = tuple[tuple[int | torch.SymInt, ...], torch.dtype]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -84,16 +84,30 @@ def site_name(module: str, weight_names: Iterable[str]) -> str:
 
 def find_root() -> nn.Module | None:
     """The model being compiled: the nearest `torch.compile`d module on the call stack, else the outermost module."""
-    frame: FrameType | None = sys._getframe(1)
     outermost = None
-    while frame is not None:
-        candidate = frame.f_locals.get("self")
+    for candidate in _called_modules():
         if isinstance(candidate, OptimizedModule):
             return candidate._orig_mod
-        if isinstance(candidate, nn.Module) and not isinstance(candidate, fx.GraphModule):
+        if not isinstance(candidate, fx.GraphModule):
             outermost = candidate
-        frame = frame.f_back
     return outermost
+
+
+def under_fsdp() -> bool:
+    """Whether a module on the call stack is managed by FSDP, which fills parameters anew without a new version."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    managed = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp is not None else ()
+    return any(isinstance(module, managed) for module in _called_modules())
+
+
+def _called_modules() -> Iterator[nn.Module]:
+    """The modules whose methods are on the call stack, innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        candidate = frame.f_locals.get("self")
+        if isinstance(candidate, nn.Module):
+            yield candidate
+        frame = frame.f_back
 
 
 def names_of(gm: fx.GraphModule, inputs: Iterable[object], root: nn.Module | None) -> ModelNames:

@@ -21,6 +21,7 @@ from nvfp4c.dialect import (
     REGION,
     SCALED_MM,
     TRANSPOSE,
+    WEIGHT,
     Quantization,
     Stage,
     arguments,
@@ -30,11 +31,12 @@ from nvfp4c.dialect import (
 )
 from nvfp4c.errors import VerifyError
 from nvfp4c.formats import ROW_BLOCK, TILE_BLOCK, padded
+from nvfp4c.region import Region
 
 aten = torch.ops.aten
 
 _SCALED = frozenset({HADAMARD, AMAX, QUANTIZE, TRANSPOSE, DEQUANTIZE, SCALED_MM})
-_FUSED = frozenset({REGION, PRODUCT, DEQUANTIZE, QUANTIZE, TRANSPOSE})
+_FUSED = frozenset({REGION, WEIGHT, PRODUCT, DEQUANTIZE, QUANTIZE, TRANSPOSE})
 
 ALLOWED: dict[Stage, frozenset[Target]] = {
     Stage.AOT: frozenset(),
@@ -206,12 +208,23 @@ def _check_operand(
     return maker
 
 
+def _check_weight(node: fx.Node, stage: Stage) -> None:
+    weight, _, text, _ = arguments(node)
+    if weight.op != "placeholder":
+        raise _fail(node, stage, f"%{weight.name} is no input of the graph, so what it holds has no version")
+    outputs = Region.from_json(text).outputs
+    kinds = {(output.axis, output.block, output.rounding, output.signs, output.amax) for output in outputs}
+    if len(kinds) != 1 or not all(output.quantised and not output.stochastic for output in outputs):
+        raise _fail(node, stage, "a weight is quantised to nearest, and in one way")
+
+
 CHECKS: dict[Target, Callable[[fx.Node, Stage], None]] = {
     **dict.fromkeys(MATMULS, _check_matmul),
     QUANTIZE: _check_quantize,
     TRANSPOSE: _check_transpose,
     DEQUANTIZE: _check_dequantize,
     SCALED_MM: _check_scaled_mm,
+    WEIGHT: _check_weight,
 }
 """What each operation must satisfy."""
 

@@ -40,6 +40,7 @@ from nvfp4c.dialect import (
     REGION,
     SCALED_MM,
     TRANSPOSE,
+    WEIGHT,
     KernelTable,
     arguments,
     is_dialect,
@@ -89,6 +90,7 @@ class _Lowering:
             HADAMARD: self.table.hadamard,
             AMAX: self.table.amax,
             REGION: self.table.region,
+            WEIGHT: self.table.weight,
             PRODUCT: self.table.product,
         }
         with self.graph.inserting_before(node):
@@ -98,7 +100,7 @@ class _Lowering:
                 self._replace(node, self._dequantize(node))
             elif node.target in entries:
                 found = self._emit(entries[node.target], arguments(node), node)
-                if node.target is REGION:
+                if node.target in (REGION, WEIGHT):
                     self._replace_items(node, found)
                 else:
                     self._replace(node, found)

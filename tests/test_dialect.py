@@ -91,6 +91,10 @@ def of_region(x: Tensor) -> Arguments:
     return {"inputs": [x], "amaxes": [numerics.tensor_amax(x), torch.tensor(3.0)], "seed": torch.tensor(1234)}
 
 
+def of_weight(x: Tensor) -> Arguments:
+    return {"w": x}
+
+
 def of_product(x: Tensor) -> Arguments:
     """An operand and its negative, which both are exact in bfloat16."""
     amax = numerics.tensor_amax(x)
@@ -118,6 +122,12 @@ def every_output(axis: Axis, signs: tuple[int, ...] | None) -> dict[str, object]
     return {"region": Region((*plain, *turned)).to_json()}
 
 
+def packed_and_operand(axis: Axis, signs: tuple[int, ...] | None) -> dict[str, object]:
+    """Both forms of a weight, which is rounded first."""
+    outputs = tuple(Output(form, axis, TILE_BLOCK, signs=signs) for form in (Form.OPERAND, Form.PACKED))
+    return {"dtype": torch.bfloat16, "region": Region(outputs).to_json(), "sure": False}
+
+
 ROWS, TILES = {"block": [1, 16], "rounding": "nearest"}, {"block": [16, 16], "rounding": "nearest"}
 STOCHASTIC = {"block": [1, 16], "rounding": "stochastic", "stream": 3}
 CASES = {
@@ -137,6 +147,8 @@ CASES = {
     "region by columns": Case(dialect.REGION, of_region, every_output(Axis.COLUMNS, None)),
     "region by rows, rotated": Case(dialect.REGION, of_region, every_output(Axis.ROWS, DEFAULT_SIGNS)),
     "region by columns, rotated": Case(dialect.REGION, of_region, every_output(Axis.COLUMNS, DEFAULT_SIGNS)),
+    "weight by rows": Case(dialect.WEIGHT, of_weight, packed_and_operand(Axis.ROWS, None)),
+    "weight by columns, rotated": Case(dialect.WEIGHT, of_weight, packed_and_operand(Axis.COLUMNS, DEFAULT_SIGNS)),
     "product": Case(dialect.PRODUCT, of_product, {"bias": None, "out_dtype": torch.bfloat16}),
     "product with bias": Case(dialect.PRODUCT, of_product_and_bias, {"out_dtype": torch.float32}),
 }
@@ -250,7 +262,7 @@ def test_references_trace_with_symbolic_sizes(case: Case) -> None:
     graph = trace(case.reference, case, matrix(*TRACED))
     assert not any(dialect.is_dialect(node) for node in graph.graph.nodes)
     # Cutting the padding off looks at whether there is any, so these may tell aligned sizes from ragged ones.
-    cuts = case.op in (dialect.TRANSPOSE, dialect.DEQUANTIZE, dialect.REGION)
+    cuts = case.op in (dialect.TRANSPOSE, dialect.DEQUANTIZE, dialect.REGION, dialect.WEIGHT)
     for size in SEVERAL_BLOCKS if cuts else SEVERAL_BLOCKS + ALIGNED:
         assert guards_hold(graph, case, matrix(*size)), size
     for size in SEVERAL_BLOCKS + ALIGNED + SMALL:

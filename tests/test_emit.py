@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ pytest.importorskip("triton", reason="no triton for this system")
 from nvfp4c.backend import compile_graph
 from nvfp4c.cli import USER_ERROR, app
 from nvfp4c.codegen import operations, targets
-from nvfp4c.dialect import DEQUANTIZE, REGION, Stage, arguments, region_outputs
+from nvfp4c.dialect import DEQUANTIZE, REGION, WEIGHT, Stage, arguments, region_outputs, weight
 from nvfp4c.emission import emit_task, whole_folder
 from nvfp4c.errors import OptionError
 from nvfp4c.fused_graphs import fused_graphs
@@ -105,7 +106,10 @@ def test_kernels_know_what_they_are_for(trained: Trained) -> None:
     assert {use["graph"] for use in uses} == {"forward", "backward"}
     assert {site for use in uses for site in use["sites"]} == ROLES
     assert all(use["sites"] for use in uses)
-    assert len({(use["graph"], use["node"]) for use in uses}) == len(uses)
+    counts = Counter((use["graph"], use["node"]) for use in uses)
+    # A weight is reduced and packed where nothing is kept of it, else unpacked.
+    assert set(counts.values()) == {1, 3}
+    assert {node for (_, node), count in counts.items() if count == 3} == {"weight_default", "weight_default_1"}
     (packing,) = [kernel for kernel in kernels if "packed columns 1x16 nearest rotated" in kernel["computes"]]
     assert [(use["graph"], use["sites"]) for use in packing["uses"]] == [("forward", ["1 fprop", "1 wgrad"])]
     (unpacking,) = [kernel for kernel in kernels if kernel["name"].endswith("unpack_columns")]
@@ -149,10 +153,11 @@ def launches(graph: fx.Graph) -> list[tuple[object, ...]]:
     """What a fused graph gives to kernels, in order, down to the strides."""
     found = []
     for node in graph.nodes:
-        if node.target in (REGION, DEQUANTIZE):
+        if node.target in (REGION, WEIGHT, DEQUANTIZE):
             given = arguments(node)[0] if node.target is REGION else arguments(node)[:1]
             layouts = [operations.layout(x) for x in (one.meta["val"] for one in given)]
-            found.append((node.target, *layouts, arguments(node)[3]))
+            constants = [other for other in arguments(node)[1:] if isinstance(other, (str, torch.dtype, bool, int))]
+            found.append((node.target, *layouts, *constants))
     return found
 
 
@@ -170,6 +175,7 @@ def test_graphs_are_those_that_inductor_compiles(task: str, monkeypatch: pytest.
 
     with torch.library._scoped_library("nvfp4_triton", "IMPL") as library:
         library.impl("region", region_outputs, "CPU")
+        library.impl("weight", weight, "CPU")
         # The step's numbers are not looked at: the fakes make empty tensors of the right sizes.
         library.impl("dequantize", operations._fake_dequantize, "CPU")
         library.impl("product", operations._fake_product, "CPU")
@@ -178,7 +184,8 @@ def test_graphs_are_those_that_inductor_compiles(task: str, monkeypatch: pytest.
         loss(model, *loaded.example()).backward()
     torch._dynamo.reset()
     assert [launches(half.graph) for half in fused_graphs(loaded, options, "sm_90")] == compiled
-    assert [len(half) for half in compiled] == [8, 8]
+    assert [len(half) for half in compiled] == [6, 8]
+    assert [sum(launch[0] is WEIGHT for launch in half) for half in compiled] == [2, 1]
 
 
 def test_blackwell_runs_older_kernels_and_has_a_product_that_nobody_calls(task: str, tmp_path: Path) -> None:

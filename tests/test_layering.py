@@ -28,8 +28,9 @@ MAY_IMPORT = {
     "nvfp4c.region": {"torch", "nvfp4c.prologue"} | REGION,
     "nvfp4c.cost": {"torch", "sympy", "nvfp4c.prologue", "nvfp4c.region"},
     "nvfp4c.dialect": {"torch"} | DIALECT,
-    "nvfp4c.verify": {"torch", "nvfp4c.dialect", "nvfp4c.formats", "nvfp4c.errors"},
+    "nvfp4c.verify": {"torch", "nvfp4c.dialect", "nvfp4c.region", "nvfp4c.formats", "nvfp4c.errors"},
     "nvfp4c.files": set(),
+    "nvfp4c.weight_cache": {"torch"},
     "nvfp4c.recipe": {"nvfp4c.formats", "nvfp4c.errors", "nvfp4c.files"},
     "nvfp4c.plan": {"nvfp4c.formats", "nvfp4c.errors", "nvfp4c.files", "nvfp4c.recipe"},
     "nvfp4c.passes": {
@@ -59,6 +60,7 @@ MAY_IMPORT = {
         "nvfp4c.formats",
         "nvfp4c.philox",
         "nvfp4c.numerics",
+        "nvfp4c.weight_cache",
         "nvfp4c.errors",
     },
 }

@@ -1,0 +1,142 @@
+"""What is remembered of parameters: each quantised once for every state that it is in.
+
+When gradients are accumulated, a parameter is read many times before it is updated. What `codegen` makes of it is kept
+here, packed, until PyTorch says that the parameter has changed:
+- its version has, as after an operation in place, under `torch.no_grad()` too;
+- an optimizer has made a step since: fused ones update parameters without a new version;
+- its memory has: another storage, place, shape or device, as after an assignment to `.data`.
+An edit through `.data`, or by code that PyTorch does not see, changes none of these. So a forward pass uses what an
+earlier one left only once an update of its parameter was seen, or any step of an optimizer: a training loop that
+updates through `.data` alone is never given an old weight. After single such edits, call `clear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantised matrix: its amax, codes and scales. These tensors are only ever read, and never handed out."""
+
+    amax: Tensor
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in (self.amax, self.codes, self.scales))
+
+
+@dataclass(frozen=True)
+class Info:
+    """How often a packed weight was found and was not, how many are kept, and the bytes that they take."""
+
+    hits: int
+    misses: int
+    entries: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    state: Hashable
+    packed: Packed
+
+
+@dataclass
+class Record:
+    """What is kept about one storage. first_version: of its parameter, when it was first seen."""
+
+    first_version: int
+    entries: dict[Hashable, Entry] = field(default_factory=dict)
+
+
+class WeightCache:
+    """Entries by storage, which they die with, and by kind: one for each, of the state that was seen last.
+
+    No tensor is referred to, not even weakly: `torch.utils.swap_tensors` would refuse it. Reading and writing need no
+    lock, for each is one operation on a dict; two threads may both quantise, and keep equal results.
+    """
+
+    def __init__(self) -> None:
+        self._hits = self._misses = 0
+        self._updated = False
+        self._steps = object()
+        self._records: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def state(self, parameter: Tensor) -> Hashable:
+        """Equal for two moments between which a parameter did not change, as far as PyTorch knows.
+
+        An entry is of one stream, whose order of work makes it complete before it is read.
+        """
+        stream = torch.cuda.current_stream(parameter.device).cuda_stream if parameter.is_cuda else 0
+        return (id(parameter), parameter.data_ptr(), parameter._version, self._steps, stream)
+
+    def find(self, parameter: Tensor, kind: Hashable, state: Hashable, sure: bool) -> Packed | None:
+        """What is kept of a parameter in this state. sure: also if no update of it was ever seen."""
+        record = self._records.get(parameter.untyped_storage())
+        entry = record.entries.get(_of(parameter, kind)) if record is not None else None
+        updated = self._updated or (record is not None and parameter._version > record.first_version)
+        if entry is not None and entry.state == state and (sure or updated):
+            self._hits += 1
+            return entry.packed
+        self._misses += 1
+        return None
+
+    def keep(self, parameter: Tensor, kind: Hashable, state: Hashable, packed: Packed) -> None:
+        """Keep what was made of a parameter. state: as it was before that was made."""
+        storage = parameter.untyped_storage()
+        record = self._records.get(storage)
+        if record is None:
+            record = self._records[storage] = Record(parameter._version)
+        record.entries[_of(parameter, kind)] = Entry(state, packed)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._records = WeakIdKeyDictionary()
+
+    def info(self) -> Info:
+        kept = [entry.packed for record in self._records.values() for entry in list(record.entries.values())]
+        return Info(self._hits, self._misses, len(kept), sum(packed.bytes for packed in kept))
+
+    def after_step(self, *args: Any) -> None:
+        """A hook of all optimizers. In code that Dynamo traces it only writes, so that no guard depends on it."""
+        self._steps = object()
+        self._updated = True
+
+
+def _of(parameter: Tensor, kind: Hashable) -> Hashable:
+    """A key within a storage, which several parameters may share."""
+    return (kind, parameter.storage_offset(), parameter.shape, parameter.stride(), parameter.dtype)
+
+
+def cacheable(tensor: Tensor) -> bool:
+    """Whether what is made of a tensor may be kept: its version counts its changes, and it is no memory of Inductor's.
+
+    A CUDA graph that is being captured would replay what it finds here for ever.
+    """
+    if type(tensor) is not nn.Parameter or tensor.is_inference() or tensor._is_view():
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+CACHE = WeightCache()
+register_optimizer_step_post_hook(CACHE.after_step)
+
+
+def clear_weight_cache() -> None:
+    """Forget every quantised weight. Needed after an edit that PyTorch does not see, such as one through `.data`."""
+    CACHE.clear()
+
+
+def weight_cache_info() -> Info:
+    """What the cache of quantised weights has done since the process started, and what it holds now."""
+    return CACHE.info()
