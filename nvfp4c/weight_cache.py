@@ -104,7 +104,8 @@ class WeightCache:
         self._records = WeakIdKeyDictionary()
 
     def info(self) -> Info:
-        kept = [entry.packed for record in self._records.values() for entry in list(record.entries.values())]
+        records = list(self._records.data.values())  # a copy, for other threads may be at work
+        kept = [entry.packed for record in records for entry in list(record.entries.values())]
         return Info(self._hits, self._misses, len(kept), sum(packed.bytes for packed in kept))
 
     def after_step(self, *args: Any) -> None:

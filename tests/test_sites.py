@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, distributed, fx, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from nvfp4c.sites import GraphInput, ModelNames, dotted, find_root, names_of, site_name
+from nvfp4c.sites import GraphInput, ModelNames, dotted, find_root, names_of, site_name, under_fsdp
 
 
 @pytest.mark.parametrize(
@@ -222,3 +224,40 @@ def test_root_of_a_function_called_by_a_model() -> None:
 
 def test_a_function_has_no_root() -> None:
     assert roots_of(lambda backend: torch.compile(lambda x: x * 2, backend=backend)(X)) == [None]
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.fc(x))
+
+
+@pytest.mark.parametrize("wrapped", ["the compiled module", "the module around it", "nothing"])
+def test_fsdp_is_noticed(process_group: None, wrapped: str) -> None:
+    """FSDP gathers parameters into the same memory again and again, and leaves their versions as they were."""
+    found: list[bool] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[object]) -> object:
+        found.append(under_fsdp())
+        return gm.forward
+
+    model = nn.Sequential(Layer(), Layer())
+    mesh = init_device_mesh("cpu", (1,))
+    if wrapped != "nothing":
+        fully_shard(model[0] if wrapped == "the compiled module" else model, mesh=mesh)
+    torch._dynamo.reset()
+    model[0].compile(backend=backend)
+    model(torch.randn(2, 4))
+    torch._dynamo.reset()
+    assert found == [wrapped != "nothing"]
