@@ -222,7 +222,7 @@ def test_training(dtype: torch.dtype, checkpointed: bool, call: Any) -> None:
         weights = one.find_nodes(op="call_function", target=WEIGHT)
         kinds.append({(node.args[0].name, *node.args[1:3]) for node in weights})
         assert {node.args[3] for node in weights} == {one is backward}
-        assert not any(MARK in arguments(node)[0].meta for node in one.find_nodes(op="call_function", target=REGION))
+        assert not any(MARK in arguments(node)[0][0].meta for node in one.find_nodes(op="call_function", target=REGION))
     assert len(kinds[0]) == WEIGHTS
     assert kinds[0] == kinds[1]
     # Nothing of a weight is saved, for both graphs are given the weight itself.
