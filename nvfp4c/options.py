@@ -54,7 +54,8 @@ def parse(options: Mapping[str, object] | None = None, mode: str | None = None) 
     if not isinstance(target, str):
         raise OptionError(f"target must be a name such as 'auto' or 'sm_90', got {type(target).__name__}")
     kept = given.get("weight_cache", True)
-    kept = {True: "training", False: "off"}.get(kept, kept) if isinstance(kept, bool) else kept
+    if isinstance(kept, bool):
+        kept = "training" if kept else "off"
     if kept not in WEIGHT_CACHES:
         valid = ", ".join(WEIGHT_CACHES)
         raise OptionError(f"weight_cache must be True, False, or one of {valid}; got {kept!r}")

@@ -24,6 +24,7 @@ from nvfp4c.dialect import (
     REGION,
     SCALED_MM,
     TRANSPOSE,
+    WEIGHT,
     Assignment,
     Matmul,
     Operand,
@@ -33,7 +34,9 @@ from nvfp4c.dialect import (
 )
 from nvfp4c.errors import VerifyError
 from nvfp4c.passes.fuse import fuse
+from nvfp4c.passes.graph_edit import insert
 from nvfp4c.recipe import RECIPES, Recipe
+from nvfp4c.region import Axis, Form, Output, Region
 from nvfp4c.verify import ALLOWED, verify
 
 ALL = RECIPES["nvfp4-all"]
@@ -219,6 +222,22 @@ def fused(damage: Callable[[fx.Graph], fx.Node]) -> Callable[[fx.Graph], fx.Node
     return lambda graph: damage(fuse(graph))
 
 
+def as_weight(graph: fx.Graph, matrix: fx.Node, outputs: tuple[Output, ...]) -> fx.Node:
+    """A weight operation that nobody reads, on a fused graph."""
+    with graph.inserting_before(next(iter(matrix.users))):
+        return insert(graph, WEIGHT, (matrix, torch.float32, Region(outputs).to_json(), False), matrix)
+
+
+def weight_of_an_activation(graph: fx.Graph) -> fx.Node:
+    product = calls(fuse(graph), PRODUCT)[0]
+    return as_weight(graph, product, (Output(Form.OPERAND),))
+
+
+def weight_in_two_ways(graph: fx.Graph) -> fx.Node:
+    weight = graph.find_nodes(op="placeholder")[0]
+    return as_weight(fuse(graph), weight, (Output(Form.OPERAND), Output(Form.PACKED, Axis.COLUMNS)))
+
+
 def half(tensor: Tensor) -> Tensor:
     return tensor[: tensor.shape[0] // 2]
 
@@ -240,6 +259,8 @@ BROKEN = {
         "place", fused(wrong_value(REGION, lambda tensors: tensors[:0])), "stored value", stage=Stage.FUSED
     ),
     "wrong shape of a product": Broken("place", fused(wrong_value(PRODUCT, half)), "stored value", stage=Stage.FUSED),
+    "weight that is no input": Broken("place", weight_of_an_activation, "is no input", stage=Stage.FUSED),
+    "weight quantised in two ways": Broken("place", weight_in_two_ways, "and in one way", stage=Stage.FUSED),
     "argument by name": Broken("insert_scaling", by_name, "takes rounding by name"),
     "matmul not classified": Broken("classify", drop(aten.mm.default, MATMUL), "without a site and role"),
     "matmul not classified, later": Broken("assign", drop(aten.addmm.default, MATMUL), "without a site and role"),

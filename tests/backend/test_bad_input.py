@@ -13,7 +13,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor import config as inductor_config
 
 from nvfp4c.errors import Nvfp4Error, OptionError, PlanError, TargetError
-from nvfp4c.options import check_torch
+from nvfp4c.options import check_torch, parse
 
 
 def error_of(options: dict[str, Any]) -> Nvfp4Error:
@@ -31,7 +31,9 @@ def error_of(options: dict[str, Any]) -> Nvfp4Error:
 def test_an_unknown_option_lists_the_valid_ones() -> None:
     error = error_of({"recipes": "nvfp4"})
     assert isinstance(error, OptionError)
-    assert str(error) == "unknown option 'recipes'; did you mean 'recipe'? (options: recipe, plan, target, mode)"
+    assert str(error) == (
+        "unknown option 'recipes'; did you mean 'recipe'? (options: recipe, plan, target, mode, weight_cache)"
+    )
 
 
 def test_an_unknown_recipe_lists_the_valid_ones() -> None:
@@ -70,6 +72,19 @@ def test_an_unknown_mode_lists_the_valid_ones() -> None:
     torch._dynamo.reset()
     with pytest.raises(BackendCompilerFailed, match=sentence):
         torch.compile(Mlp(), backend="nvfp4", mode="fastest")(torch.randn(4, 32))
+
+
+@pytest.mark.parametrize("given", ["sometimes", 1, None])
+def test_another_weight_cache_says_what_it_can_be(given: object) -> None:
+    error = error_of({"weight_cache": given})
+    assert isinstance(error, OptionError)
+    assert str(error) == f"weight_cache must be True, False, or one of off, training, always; got {given!r}"
+
+
+@pytest.mark.parametrize(("given", "meaning"), [(True, "training"), (False, "off"), ("always", "always")])
+def test_weight_caches(given: object, meaning: str) -> None:
+    assert parse({"weight_cache": given}).weight_cache == meaning
+    assert parse().weight_cache == "training"
 
 
 def test_a_plan_with_a_site_that_does_not_exist_names_the_nearest() -> None:
