@@ -279,6 +279,20 @@ def test_a_step_begins_as_an_optimizer_leaves_it():
     assert all(parameter._version > old for parameter, old in zip(step.parameters, versions, strict=True))
 
 
+def test_micro_batches_add_up():
+    """They are all of one step: no parameter counts as changed between them."""
+    step = build_steps(variants("cpu"), TINY, "cpu")["eager"]
+    step.prepare()
+    step()
+    once = step.parameters[0].grad.clone()
+    versions = [parameter._version for parameter in step.parameters]
+    step.prepare()
+    replace(step, micro_batches=2)()
+    # The same gradient twice, and a power of two rounds nothing.
+    assert torch.equal(step.parameters[0].grad, 2 * once)
+    assert [parameter._version for parameter in step.parameters] == [version + 1 for version in versions]
+
+
 def test_ratios_are_to_the_first():
     one, two = variants("cpu", ["nvfp4"])
     result = TrainResult(

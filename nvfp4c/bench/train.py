@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -89,11 +89,14 @@ def measure(
     rounds: int,
     in_a_row: int,
     *,
+    micro_batches: int = 1,
     with_compile_time: bool,
     with_profile: bool,
     watch: Watch,
 ) -> TrainResult:
     """Measure the chosen variants, of which the first is the reference. in_a_row: steps a sample.
+
+    micro_batches: passes of a step, whose gradients add up.
 
     Raises TargetError where memory does not suffice, and whatever the backends raise.
     """
@@ -102,6 +105,7 @@ def measure(
         # First, while this process holds no memory on the device.
         compiling = _compile_times(chosen, size, device, watch) if with_compile_time else {}
         steps = build_steps(chosen, size, device)
+        steps = {name: replace(step, micro_batches=micro_batches) for name, step in steps.items()}
         _compile(steps, watch)
         calls = {name: partial(_whole, step) for name, step in steps.items()}
         clock = clock_for(device, in_a_row, short=False)

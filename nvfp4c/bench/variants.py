@@ -80,7 +80,7 @@ def _on_cpu() -> tuple[Variant, ...]:
 
 @dataclass(frozen=True)
 class Step:
-    """A forward and a backward pass from a fixed gradient, and nothing else.
+    """Forward and backward passes from a fixed gradient, one for each micro-batch, and nothing else.
 
     A loss would add operations of its own, outside of the model and equal in all variants; a gradient that is given
     leaves exactly the model's. gradient, x: [batch, sequence, width]; x has a gradient, as the output of a layer before
@@ -91,11 +91,12 @@ class Step:
     parameters: tuple[nn.Parameter, ...]
     x: Tensor
     gradient: Tensor
+    micro_batches: int = 1
 
     def prepare(self) -> None:
         """As an optimizer leaves it: gradients gone, parameters changed as far as anyone can tell.
 
-        So nothing that a step derives from its parameters can be kept for the next.
+        So nothing that a step derives from its parameters can be kept for the next; but for its next micro-batch.
         """
         for tensor in (*self.parameters, self.x):
             tensor.grad = None
@@ -109,7 +110,8 @@ class Step:
         output.backward(self.gradient)
 
     def __call__(self) -> None:
-        self.backward(self.forward())
+        for _ in range(self.micro_batches):
+            self.backward(self.forward())
 
 
 def build_steps(chosen: Sequence[Variant], size: Size, device: str) -> dict[str, Step]:

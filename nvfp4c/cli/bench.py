@@ -77,6 +77,9 @@ def train(
         int | None,
         typer.Option(min=1, help="Steps in a row that make one sample, as in training. [default: 10 on a GPU, else 1]"),
     ] = None,
+    micro_batches: Annotated[
+        int, typer.Option(min=1, help="Forward and backward passes in a step, whose gradients add up.")
+    ] = 1,
     device: Device = "auto",
     compile_time: Annotated[
         bool, typer.Option(help="Also measure compiling with empty caches. It takes minutes on a CPU.")
@@ -109,17 +112,26 @@ def train(
             device,
             rounds,
             steps,
+            micro_batches=micro_batches,
             with_compile_time=compile_time,
             with_profile=profile,
             watch=watch,
         )
     record = Record(
-        f"bench-train-{device}-{sized.name}",
+        f"bench-train-{device}-{sized.name}" + (f"-{micro_batches}-micro-batches" if micro_batches > 1 else ""),
         about(device, _command(), commit),
-        {"size": asdict(sized), "tokens": sized.tokens, "recipe": RECIPE, "rounds": rounds, "steps_in_a_row": steps},
+        {
+            "size": asdict(sized),
+            "tokens": sized.tokens,
+            "recipe": RECIPE,
+            "rounds": rounds,
+            "steps_in_a_row": steps,
+            "micro_batches": micro_batches,
+        },
         result.to_dict(),
     )
     title = f"{sized.name}: {sized.blocks} blocks, width {sized.width}, MLP {sized.hidden}, {sized.tokens} tokens"
+    title += f", {micro_batches} times" if micro_batches > 1 else ""
     _tell(record, [train_table(result, title)], as_json, out)
 
 
