@@ -215,7 +215,7 @@ def test_gpu_tables_promise_what_the_dialect_does_for_any_size(name: str) -> Non
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
         x = mode.from_tensor(torch.empty(20, 37), static_shapes=False)
         amax, seed = (mode.from_tensor(given) for given in (torch.tensor(3.0), torch.tensor(3)))
-        region = (x, [amax], seed, EVERY_FORM.to_json())
+        region = ([x], [amax], seed, EVERY_FORM.to_json())
         pairs = [*zip(table.region(*region), dialect.REGION(*region), strict=True)]
         for turned in (x, x.mT):
             codes, scales = dialect.QUANTIZE(turned, amax, [1, 16], "nearest")
