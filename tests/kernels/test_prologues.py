@@ -14,7 +14,7 @@ from nvfp4c import dialect
 from nvfp4c.codegen import operations
 from nvfp4c.codegen.emit import Tile
 from nvfp4c.codegen.expressions import TEMPLATES
-from nvfp4c.formats import DEFAULT_SIGNS, TILE_BLOCK
+from nvfp4c.formats import DEFAULT_SIGNS
 from nvfp4c.prologue import OPERATIONS, Kind, Prologue, Step
 from nvfp4c.region import Axis, Form, Output, Region, evaluate
 
@@ -70,11 +70,8 @@ OUTPUTS = (
     Output(Form.VALUE),
     Output(Form.AMAX),
     Output(Form.AMAX, Axis.COLUMNS, signs=DEFAULT_SIGNS),
-    Output(Form.AMAX, signs=DEFAULT_SIGNS),
     Output(Form.OPERAND),
-    Output(Form.PACKED, block=TILE_BLOCK),
     Output(Form.PACKED, Axis.COLUMNS, signs=DEFAULT_SIGNS, amax=1),
-    Output(Form.OPERAND, Axis.COLUMNS, rounding="stochastic", signs=DEFAULT_SIGNS, amax=1, stream=3),
 )
 
 
@@ -117,9 +114,8 @@ def agree(prologue: Prologue, given: Given, device: torch.device, tile: Tile | N
     region = every_output(prologue)
     exact = [value.cpu() for value in prologue.evaluate(inputs)]
     amaxes = [dialect.amax(exact[0]), dialect.amax(exact[0].mT, DEFAULT_SIGNS)]
-    seed = torch.tensor(11)
     launch = operations.prepare(region, [operations.layout(x) for x in inputs], device, tile)
-    found = operations.run(launch, inputs, [amax.to(device) for amax in amaxes], seed.to(device))
+    found = operations.run(launch, inputs, [amax.to(device) for amax in amaxes], None)
     per_matrix = len(found) // len(exact)
     for m, value in enumerate(exact):
         mine = found[m * per_matrix : (m + 1) * per_matrix]
@@ -130,7 +126,7 @@ def agree(prologue: Prologue, given: Given, device: torch.device, tile: Tile | N
             # float32's exp and quotients are off by some units in their last place, after which a result may round to
             # its neighbour; that may be rounded once more in a product.
             assert torch.allclose(mine[0].cpu(), value, rtol=2 * torch.finfo(value.dtype).eps, atol=1e-6)
-        expected = evaluate(Region(OUTPUTS), [mine[0].cpu()], amaxes, seed)
+        expected = evaluate(Region(OUTPUTS), [mine[0].cpu()], amaxes, None)
         for one, other in zip(mine, expected, strict=True):
             assert torch.equal(bits(one), bits(other))
 
