@@ -7,9 +7,9 @@ they run on CPU tensors too, in Triton's interpreter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from nvfp4c import dialect
 from nvfp4c.codegen import cublas, kernels
 from nvfp4c.codegen.emit import CONSTANTS, Tile, emit
+from nvfp4c.codegen.launching import INTERPRETED, LOAD_BYTES, Launch, on_device_of
 from nvfp4c.formats import BLOCK
 from nvfp4c.numerics import global_factor
 from nvfp4c.prologue import Kind
@@ -29,11 +30,7 @@ from nvfp4c.region import Form, Region, shapes
 
 LIBRARY = torch.library.Library("nvfp4_triton", "DEF")
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 DISPATCH_KEYS = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
-
-LOAD_BYTES = 16
-"""The most that one thread loads at once."""
 
 E4M3_CAPABILITY = (8, 9)
 """The least compute capability with a conversion to E4M3."""
@@ -71,22 +68,16 @@ def layout(x: Tensor) -> Layout:
 
 
 @dataclass(frozen=True)
-class Launch:
+class Prepared:
     """All about the launches of a region that shapes, strides and types determine.
 
-    buffers: shape and type of every tensor. amaxes: the places of those that have to start as 0. numbers, constants:
-    arguments of the kernel. kernels: compiled, by which tensors are aligned; asking Triton for them at every launch
-    would take long.
+    buffers: shape and type of every tensor. amaxes: the places of those that have to start as 0.
     """
 
     region: Region
-    programs: int
     buffers: tuple[tuple[Sequence[int | torch.SymInt], torch.dtype], ...]
     amaxes: tuple[int, ...]
-    numbers: tuple[int, ...]
-    constants: tuple[int, ...]
-    warps: int
-    kernels: dict[tuple[bool, ...], Any] = field(default_factory=dict)
+    launch: Launch
 
 
 def prepare(
@@ -95,7 +86,7 @@ def prepare(
     device: torch.device,
     tile: Tile | None = None,
     capability: tuple[int, int] | None = None,
-) -> Launch:
+) -> Prepared:
     """The launch of a region on such inputs. tile: what a program handles, chosen here if None.
 
     capability: of a GPU that need not be there; asked of `device` if None.
@@ -111,19 +102,23 @@ def prepare(
     native = not INTERPRETED and (capability or torch.cuda.get_device_capability(device)) >= E4M3_CAPABILITY
     strides = [step for x in full for step in x.stride()[:2]]
     buffers = [(output, buffer) for output in region.outputs for buffer in shapes(output, matrices[output.matrix])]
-    return Launch(
+    constants = (tile.groups, tile.columns, LOAD_BYTES // max(x.dtype.itemsize for x in full), even, native)
+    return Prepared(
         region=region,
-        programs=count * triton.cdiv(rows, height) * triton.cdiv(columns, tile.columns),
         buffers=tuple(buffer for _, buffer in buffers),
         amaxes=tuple(place for place, (output, _) in enumerate(buffers) if output.form is Form.AMAX),
-        numbers=(rows, columns, *strides, *(o.stream for o in region.outputs if o.stochastic)),
-        constants=(tile.groups, tile.columns, LOAD_BYTES // max(x.dtype.itemsize for x in full), even, native),
-        warps=tile.warps,
+        launch=Launch(
+            kernel=emitted(region),
+            programs=count * triton.cdiv(rows, height) * triton.cdiv(columns, tile.columns),
+            numbers=(rows, columns, *strides, *(o.stream for o in region.outputs if o.stochastic)),
+            constants=dict(zip(CONSTANTS, constants, strict=True)),
+            warps=tile.warps,
+        ),
     )
 
 
 @lru_cache(maxsize=SHAPES_KEPT)
-def _prepared(text: str, inputs: tuple[Layout, ...], device: torch.device) -> Launch:
+def _prepared(text: str, inputs: tuple[Layout, ...], device: torch.device) -> Prepared:
     return prepare(Region.from_json(text), inputs, device)
 
 
@@ -132,43 +127,16 @@ def region(inputs: Sequence[Tensor], amaxes: Sequence[Tensor], seed: Tensor | No
     return run(_prepared(region, tuple(map(layout, inputs)), inputs[0].device), inputs, amaxes, seed)
 
 
-def run(launch: Launch, inputs: Sequence[Tensor], amaxes: Sequence[Tensor], seed: Tensor | None) -> list[Tensor]:
+def run(prepared: Prepared, inputs: Sequence[Tensor], amaxes: Sequence[Tensor], seed: Tensor | None) -> list[Tensor]:
     """`region`, as prepared."""
-    x, region = inputs[0], launch.region
-    found = [x.new_empty(shape, dtype=dtype) for shape, dtype in launch.buffers]
-    if launch.amaxes:
-        torch._foreach_zero_([found[place] for place in launch.amaxes])  # one launch for all
-    if launch.programs:
-        given = (_as_input(x, kind, region) for x, kind in zip(inputs, region.prologue.inputs, strict=True))
-        buffers = (buffer.view(torch.uint8) if buffer.dtype == torch.float8_e4m3fn else buffer for buffer in found)
-        with _on_device_of(x):
-            _start(launch, (*given, *amaxes[: region.amax_count], seed, *buffers))
+    x, region = inputs[0], prepared.region
+    found = [x.new_empty(shape, dtype=dtype) for shape, dtype in prepared.buffers]
+    if prepared.amaxes:
+        torch._foreach_zero_([found[place] for place in prepared.amaxes])  # one launch for all
+    given = (_as_input(x, kind, region) for x, kind in zip(inputs, region.prologue.inputs, strict=True))
+    buffers = (buffer.view(torch.uint8) if buffer.dtype == torch.float8_e4m3fn else buffer for buffer in found)
+    prepared.launch((*given, *amaxes[: region.amax_count], seed, *buffers))
     return found
-
-
-def _start(launch: Launch, tensors: Sequence[Tensor | None]) -> None:
-    grid = (launch.programs, 1, 1)  # a compiled kernel takes all three
-    aligned = tuple(tensor is None or tensor.data_ptr() % LOAD_BYTES == 0 for tensor in tensors)
-    kernel = launch.kernels.get(aligned)
-    if kernel is not None:
-        kernel[grid](*tensors, *launch.numbers, *launch.constants)
-        return
-    compiled = emitted(launch.region)[grid](
-        *tensors,
-        *launch.numbers,
-        **dict(zip(CONSTANTS, launch.constants, strict=True)),
-        num_warps=launch.warps,
-        enable_fp_fusion=False,
-    )
-    if not INTERPRETED:
-        launch.kernels[aligned] = compiled
-
-
-def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Make a GPU current for a launch, which is seldom needed and never cheap."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(x.device)
 
 
 def _as_input(x: Tensor, kind: Kind, region: Region) -> Tensor:
@@ -185,31 +153,31 @@ def _as_input(x: Tensor, kind: Kind, region: Region) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@lru_cache(maxsize=SHAPES_KEPT)
+def _unpacking(shape: tuple[int, ...], down: bool, device: torch.device) -> Launch:
+    """The launch that unpacks an operand of this shape. device: apart, for compiled kernels belong to one."""
+    rows, columns = shape[-2:]
+    tile = UNPACK_TILE
+    return Launch(
+        kernel=kernels.unpack_columns if down else kernels.unpack_rows,
+        programs=math.prod(shape[:-2]) * triton.cdiv(rows, BLOCK * tile.groups) * triton.cdiv(columns, tile.columns),
+        numbers=(rows, columns),
+        constants={"GROUPS": tile.groups, "COLUMNS": tile.columns},
+        warps=tile.warps,
+    )
+
+
 def dequantize(codes: Tensor, scales: Tensor, k: int, down: bool) -> Tensor:
     """code * scale, bfloat16: exact, without the global factor.
 
     codes: uint8 [.., M, ceil16(k) / 2], giving [.., M, k]; of blocks down the columns [.., ceil16(k) / 2, N], giving
     [.., k, N].
     """
-    lead, (rows, columns) = codes.shape[:-2], codes.shape[-2:]
-    values = codes.new_empty((*lead, k, columns) if down else (*lead, rows, k), dtype=torch.bfloat16)
-    batch = values if values.dim() == 3 else values.unsqueeze(0)
-    count, rows, columns = batch.shape
-    tile = UNPACK_TILE
-    programs = count * triton.cdiv(rows, BLOCK * tile.groups) * triton.cdiv(columns, tile.columns)
-    if programs:
-        with _on_device_of(codes):
-            (kernels.unpack_columns if down else kernels.unpack_rows)[(programs,)](
-                codes.contiguous(),
-                scales.contiguous().view(torch.uint8),
-                values,
-                rows,
-                columns,
-                GROUPS=tile.groups,
-                COLUMNS=tile.columns,
-                num_warps=tile.warps,
-                enable_fp_fusion=False,
-            )
+    *lead, rows, columns = codes.shape
+    shape = (*lead, k, columns) if down else (*lead, rows, k)
+    values = codes.new_empty(shape, dtype=torch.bfloat16)
+    tensors = codes.contiguous(), scales.contiguous().view(torch.uint8), values
+    _unpacking(shape, down, codes.device)(tensors)
     return values
 
 
@@ -219,7 +187,7 @@ def product(a: Tensor, b: Tensor, factors: Tensor, bias: Tensor | None, out_dtyp
     a: [.., M, K]; b: [.., N, K]; factors: float32 [2], the second 0; bias: broadcastable to the result. Operands are
     neither copied nor transposed.
     """
-    with _on_device_of(a):
+    with on_device_of(a):
         found = None if INTERPRETED else cublas.product(a, b, factors, bias, out_dtype)
         if found is None and bias is not None:
             return (product(a, b, factors, None, torch.float32) + bias.float()).to(out_dtype)

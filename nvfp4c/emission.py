@@ -288,21 +288,21 @@ def _region(
     region: Region, layouts: Sequence[operations.Layout], random: bool, capability: tuple[int, int]
 ) -> Launched | None:
     """What `operations.region` launches; None for an empty matrix. random: whether it is given a seed."""
-    launch = operations.prepare(region, layouts, torch.device("cuda"), capability=capability)
+    prepared = operations.prepare(region, layouts, torch.device("cuda"), capability=capability)
+    launch = prepared.launch
     if not launch.programs:
         return None
     given = (
         *(dtype for _, _, dtype in layouts),
         *[torch.float32] * region.amax_count,
         torch.int64 if random else None,
-        *(dtype for _, dtype in launch.buffers),
+        *(dtype for _, dtype in prepared.buffers),
         *launch.numbers,
     )
     source = emit.emit(region).source
     title = (ast.get_docstring(ast.parse(source)) or "").removeprefix("Emitted by nvfp4c: ").removesuffix(".")
     stem = "_".join(dict.fromkeys(output.form.value for output in region.outputs))
-    constants = dict(zip(emit.CONSTANTS, launch.constants, strict=True))
-    return _launched(stem, operations.emitted(region), given, constants, launch.warps, source, title)
+    return _launched(stem, launch.kernel, given, launch.constants, launch.warps, source, title)
 
 
 def _unpacking(shape: Sequence[int | torch.SymInt], down: bool) -> Launched:

@@ -16,6 +16,7 @@ from nvfp4c.bench.profiling import top_kernels
 from nvfp4c.bench.timing import Samples, Watch, clock_for, interleaved
 from nvfp4c.bench.variants import REFERENCE, Step, Variant, build_steps
 from nvfp4c.errors import TargetError
+from nvfp4c.weight_cache import clear_weight_cache
 
 ROUNDS = {"cuda": 12, "cpu": 5}
 WARMUPS = 1
@@ -153,7 +154,8 @@ def _whole(step: Step) -> None:
 
 
 def memory_of(step: Step) -> Memory:
-    """What one step holds on the current GPU."""
+    """What one step holds on the current GPU: weights that other steps have packed and kept are forgotten before."""
+    clear_weight_cache()
     step.prepare()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
