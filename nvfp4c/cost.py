@@ -70,12 +70,14 @@ class Work:
     launches: int = 1
 
 
+def extent(size: int | torch.SymInt) -> sympy.Expr:
+    """A size, in its symbols if it has any."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
 def elements(x: Tensor) -> sympy.Expr:
     """How many elements a tensor has, in the symbols of its shape."""
-    found = sympy.Integer(1)
-    for size in x.shape:
-        found *= size.node.expr if isinstance(size, torch.SymInt) else size
-    return found
+    return sympy.Mul(*map(extent, x.shape))
 
 
 def size(x: Tensor) -> sympy.Expr:

@@ -89,6 +89,27 @@ def test_explain_takes_a_task_without_a_loss(task):
     assert explanation["backward_share"] is None
 
 
+def test_explain_says_what_kernels_compute_together(task):
+    found = invoke("explain", f"{task}:make", "--recipe", "nvfp4-all", "--kernels", "sm_90")
+    assert found.exit_code == 0, found.output
+    assert "Kernels for sm_90" in found.output
+    assert "operand by rows" in found.output
+
+
+def test_explain_json_holds_kernels_and_what_was_weighed(task):
+    found = invoke("explain", f"{task}:make", "--recipe", "nvfp4-all", "--kernels", "sm_90", "--json")
+    assert found.exit_code == 0, found.output
+    kernels = json.loads(found.stdout)["kernels"]
+    assert {row["graph"] for row in kernels} == {"forward", "backward"}
+    assert any("a weight" in row["computes"] for row in kernels)
+    assert all(row["bytes"] > 0 and row["sites"] for row in kernels)
+    weighed = [row for row in kernels if row["decision"]]
+    assert weighed
+    for row in weighed:
+        ways = {way["way"]: way["microseconds"] for way in row["ways"]}
+        assert ways[row["decision"]] == min(ways.values())
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -97,6 +118,7 @@ def test_explain_takes_a_task_without_a_loss(task):
         (["explain", "TASK:make", "--recipe", "nvfp5"], "nvfp4"),
         (["explain", "TASK:make", "--target", "sm_12"], "sm_12"),
         (["explain", "TASK:make", "--plan", "absent.json"], "absent.json"),
+        (["explain", "TASK:make", "--kernels", "sm_91"], "did you mean 'sm_90'?"),
         (["quickstart", "--model-size", "huge"], "'huge'"),
         (["quickstart", "--device", "tpu"], "auto, cpu or cuda"),
         (["quickstart", "--recipe", "nvfp5", "--out", "TASK-out"], "nvfp5"),

@@ -1,0 +1,113 @@
+"""What the kernels for a GPU compute together, and what the cost model weighed for it. No GPU is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from torch import Tensor, fx
+
+from nvfp4c import cost
+from nvfp4c.dialect import REGION, WEIGHT, arguments
+from nvfp4c.errors import OptionError, nearest
+from nvfp4c.formats import BLOCK
+from nvfp4c.fused_graphs import Half, fused_graphs, sites
+from nvfp4c.options import Options
+from nvfp4c.passes.absorb import FUSION, Fusion, Way
+from nvfp4c.region import Form, Output, Region
+from nvfp4c.tasks import Task
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """One way to compute matrices and all that is quantised from them: bytes of all its kernels, and seconds."""
+
+    way: str
+    bytes: int
+    microseconds: float
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One region. computes: its outputs. operations: of its prologue, or of what was left to Inductor.
+
+    reads: the shapes of its inputs. bytes: predicted, each input read once and each output written once. sites: the
+    matmuls that it serves. decision: the way chosen, "" where there was no choice; ways: what was weighed.
+    """
+
+    graph: str
+    computes: str
+    operations: tuple[str, ...]
+    reads: tuple[str, ...]
+    bytes: int
+    sites: tuple[str, ...]
+    decision: str
+    ways: tuple[Weighed, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def kernel_plan(task: Task, options: Options, target: str) -> list[KernelRow]:
+    """A row for each region of the graphs of a task, in order; sizes at their example values.
+
+    Raises OptionError for a target without regions, and what the backend would raise.
+    """
+    if target not in cost.MACHINES:
+        valid = tuple(cost.MACHINES)
+        raise OptionError(f"there is no GPU target {target!r}; {nearest(target, valid)} (valid: {', '.join(valid)})")
+    return [
+        _row(half, node, target) if node.target is REGION else _weight_row(half, node)
+        for half in fused_graphs(task, options, target)
+        for node in half.graph.nodes
+        if node.target in (REGION, WEIGHT)
+    ]
+
+
+def _weight_row(half: Half, node: fx.Node) -> KernelRow:
+    """A weight that nothing is remembered of yet: read for its amax, read again, packed to be kept, and made ready."""
+    weight = arguments(node)[0].meta["val"]
+    packed = cost.elements(weight) * (BLOCK // 2 + 1) / BLOCK
+    moved = 2 * cost.size(weight) + packed + sum(cost.size(one) for one in node.meta["val"])
+    bytes_moved = int(cost.at_example_sizes(moved, [weight]))
+    computes = "amax, packed and operand of a weight, once a version"
+    return KernelRow(half.title, computes, (), (_shape(weight),), bytes_moved, sites(half, node), "", ())
+
+
+def _row(half: Half, node: fx.Node, target: str) -> KernelRow:
+    inputs = [one.meta["val"] for one in arguments(node)[0]]
+    region = Region.from_json(arguments(node)[3])
+    fusion: Fusion | None = node.meta.get(FUSION)
+    moved = sum(cost.at_example_sizes(cost.size(x), inputs) for x in (*inputs, *node.meta["val"]))
+    return KernelRow(
+        graph=half.title,
+        computes=", ".join(dict.fromkeys(map(_named, region.outputs))),
+        operations=fusion.operations if fusion is not None else (),
+        reads=tuple(map(_shape, inputs)),
+        bytes=int(moved),
+        sites=sites(half, node),
+        decision=fusion.way.value if fusion is not None else "",
+        ways=() if fusion is None else tuple(_weighed(fusion, way, inputs, target) for way, _ in fusion.costs),
+    )
+
+
+def _weighed(fusion: Fusion, way: Way, inputs: Sequence[Tensor], target: str) -> Weighed:
+    seconds = cost.seconds(dict(fusion.costs)[way], cost.MACHINES[target])
+    return Weighed(
+        way.value,
+        int(cost.at_example_sizes(fusion.bytes(way), inputs)),
+        round(cost.at_example_sizes(seconds, inputs) * 1e6, 2),
+    )
+
+
+def _named(output: Output) -> str:
+    if output.form is Form.VALUE:
+        return "the matrix"
+    words = [output.form.value, f"by {output.axis.value}"] if output.quantised else [output.form.value]
+    words += ["stochastic"] if output.stochastic else []
+    return " ".join([*words, *(["rotated"] if output.signs else [])])
+
+
+def _shape(x: Tensor) -> str:
+    dtype = str(x.dtype).removeprefix("torch.")
+    return f"{dtype} {[int(cost.at_example_sizes(cost.extent(size), [x])) for size in x.shape]}"
