@@ -431,3 +431,13 @@ def test_the_commit_is_of_the_checkout_that_tracks_the_file(monkeypatch, tmp_pat
         subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True)
     # A checkout that does not hold the file is another project's.
     assert environment.commit() == "not in a git checkout"
+
+
+# The page of results
+
+
+def test_the_page_of_results_is_what_the_command_writes():
+    from nvfp4c.bench.report import report
+
+    docs = Path(__file__).parents[1] / "docs"
+    assert (docs / "performance.md").read_text(encoding="utf-8") == report(docs / "results")
