@@ -25,6 +25,14 @@ def tile_place(rows, columns, GROUPS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def swizzled_place(row, block, blocks):
+    """Where the scale of this row and block lies among those of a matrix of `blocks` blocks a row: see
+    `nvfp4c.scale_layout`."""
+    tile = row // 128 * tl.cdiv(blocks, 4) + block // 4
+    return tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + block % 4
+
+
+@triton.jit
 def unpack_rows(codes, scales, values, rows, columns, GROUPS: tl.constexpr, COLUMNS: tl.constexpr):
     """Writes code * scale of blocks along the rows, trimmed to `columns`."""
     batch, first_row, first_column = tile_place(rows, columns, GROUPS, COLUMNS)

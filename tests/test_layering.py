@@ -17,13 +17,14 @@ PACKAGE = ROOT / "nvfp4c"
 LONGEST_FILE = 500
 
 NUMERICS = {"nvfp4c.formats", "nvfp4c.errors"}
-REGION = {"nvfp4c.formats", "nvfp4c.numerics", "nvfp4c.philox", "nvfp4c.errors"}
+REGION = {"nvfp4c.formats", "nvfp4c.numerics", "nvfp4c.philox", "nvfp4c.scale_layout", "nvfp4c.errors"}
 DIALECT = REGION | {"nvfp4c.prologue", "nvfp4c.region"}
 MAY_IMPORT = {
     "nvfp4c.errors": set(),
     "nvfp4c.formats": {"torch"},
     "nvfp4c.numerics": {"torch"} | NUMERICS,
     "nvfp4c.philox": {"torch"} | NUMERICS,
+    "nvfp4c.scale_layout": {"torch", "nvfp4c.formats"},
     "nvfp4c.prologue": {"torch"},
     "nvfp4c.region": {"torch", "nvfp4c.prologue"} | REGION,
     "nvfp4c.cost": {"torch", "sympy", "nvfp4c.prologue", "nvfp4c.region"},

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
-from nvfp4c import dialect, numerics
-from nvfp4c.codegen import block_scaled_gemm, scale_layout
+from nvfp4c import dialect, numerics, scale_layout
+from nvfp4c.codegen import block_scaled_gemm, kernels
 from nvfp4c.codegen.block_scaled_gemm import EMULATED_TILE, TILES, block_scaled_mm
 from nvfp4c.formats import QUANTIZABLE_DTYPES, block_count
 
 INTERPRETED = bool(block_scaled_gemm.INTERPRETED)
-swizzled_place = scale_layout.swizzled_place
+swizzled_place = kernels.swizzled_place
 
 
 @triton.jit
