@@ -32,6 +32,7 @@ from nvfp4c.codegen.assembly import Assembly, assemble
 from nvfp4c.codegen.device_math import bits_float, e2m1_value, e4m3_value, float_bits, to_bfloat16, to_float32
 from nvfp4c.errors import TargetError
 from nvfp4c.formats import GLOBAL_MAX
+from nvfp4c.scale_layout import TILE_BLOCKS
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 GLOBAL_SQUARE = tl.constexpr(GLOBAL_MAX * GLOBAL_MAX)
@@ -239,7 +240,7 @@ def _codes_descriptor(codes: Tensor, rows: int, tile: GemmTile) -> TensorDescrip
 
 def _scales_descriptor(scales: Tensor, rows: int, tile: GemmTile, emulated: bool) -> TensorDescriptor:
     # TMA takes a box's sides of at most 256.
-    tiles = scales.reshape(-1, scales.shape[-4], 2, 256)
+    tiles = scales.reshape(-1, scales.shape[-1] // TILE_BLOCKS, 2, 256)
     if tiles.data_ptr() % TMA_BYTES:
         tiles = tiles.clone()
     block = (rows // 128, tile.depth // 64, 2, 256)

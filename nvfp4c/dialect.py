@@ -19,7 +19,8 @@ from torch.fx.node import Target
 
 from nvfp4c import numerics, philox
 from nvfp4c.formats import block_count, padded
-from nvfp4c.region import Region, empty_outputs, evaluate, reduction
+from nvfp4c.region import Layout, Region, empty_outputs, evaluate, reduction
+from nvfp4c.scale_layout import swizzle, swizzled_shape, unswizzle
 
 LIBRARY = torch.library.Library("nvfp4", "DEF")
 
@@ -134,8 +135,12 @@ def quantize(
     signs: Sequence[int] | None = None,
     seed: Tensor | None = None,
     stream: int | Tensor = 0,
+    layout: str = Layout.LINEAR.value,
 ) -> tuple[Tensor, Tensor]:
+    """layout: "linear", which lies in memory as x does, or "native": see `region.Layout`."""
     codes, scales = quantize_values(x, amax, block, rounding, signs, seed, stream)
+    if Layout(layout) is Layout.NATIVE:
+        return numerics.pack(codes).contiguous(), swizzle(scales)
     return oriented_like(x, numerics.pack(codes)), oriented_like(x, scales)
 
 
@@ -166,6 +171,26 @@ def scaled_mm(
     a = numerics.block_values(numerics.unpack(a_codes), a_scales)
     b = numerics.block_values(numerics.unpack(b_codes), b_scales)
     return scale_product(torch.matmul(a, b.transpose(-1, -2)), a_amax, b_amax, bias, out_dtype)
+
+
+def block_scaled_mm(
+    a_codes: Tensor,
+    a_scales: Tensor,
+    a_amax: Tensor,
+    b_codes: Tensor,
+    b_scales: Tensor,
+    b_amax: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """scaled_mm of operands in the native layout, over whole blocks: beyond the contraction axis there are only zeros.
+
+    a_codes: uint8 [.., M, K / 2], a_scales: [.., *swizzled_shape(M, K / 16)]; b the same with N rows.
+    """
+    k = 2 * a_codes.shape[-1]
+    a_scales = unswizzle(a_scales, a_codes.shape[-2], block_count(k))
+    b_scales = unswizzle(b_scales, b_codes.shape[-2], block_count(k))
+    return scaled_mm(a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, k, bias, out_dtype)
 
 
 def scale_product(
@@ -216,8 +241,19 @@ def _fake_amax(x: Tensor, signs: Sequence[int] | None = None) -> Tensor:
     return x.new_empty((), dtype=torch.float32)
 
 
-def _fake_quantize(x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+def _fake_quantize(
+    x: Tensor,
+    amax: Tensor,
+    block: Sequence[int],
+    rounding: str,
+    signs: Sequence[int] | None = None,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    layout: str = Layout.LINEAR.value,
+) -> tuple[Tensor, Tensor]:
     codes, scales = _packed_like(x, x.shape[-2], x.shape[-1])
+    if Layout(layout) is Layout.NATIVE:
+        return codes, scales.new_empty((*x.shape[:-2], *swizzled_shape(*scales.shape[-2:])))
     return oriented_like(x, codes), oriented_like(x, scales)
 
 
@@ -244,6 +280,19 @@ def _fake_product(
     return a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=out_dtype)
 
 
+def _fake_block_scaled_mm(
+    a_codes: Tensor,
+    a_scales: Tensor,
+    a_amax: Tensor,
+    b_codes: Tensor,
+    b_scales: Tensor,
+    b_amax: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return a_codes.new_empty((*a_codes.shape[:-1], b_codes.shape[-2]), dtype=out_dtype)
+
+
 def _fake_scaled_mm(
     a_codes: Tensor,
     a_scales: Tensor,
@@ -259,7 +308,8 @@ def _fake_scaled_mm(
 
 
 _QUANTIZE_ARGUMENTS = (
-    "Tensor x, Tensor amax, int[] block, str rounding, int[]? signs=None, Tensor? seed=None, int stream=0"
+    "Tensor x, Tensor amax, int[] block, str rounding, int[]? signs=None, Tensor? seed=None, int stream=0, "
+    "str layout='linear'"
 )
 _OPERATIONS = (
     ("hadamard(Tensor x, int[] signs) -> Tensor", hadamard, _fake_hadamard),
@@ -283,6 +333,12 @@ _OPERATIONS = (
         "product(Tensor a, Tensor b, Tensor a_amax, Tensor b_amax, Tensor? bias, ScalarType out_dtype) -> Tensor",
         product,
         _fake_product,
+    ),
+    (
+        "block_scaled_mm(Tensor a_codes, Tensor a_scales, Tensor a_amax, Tensor b_codes, Tensor b_scales, "
+        "Tensor b_amax, Tensor? bias, ScalarType out_dtype) -> Tensor",
+        block_scaled_mm,
+        _fake_block_scaled_mm,
     ),
 )
 
@@ -311,9 +367,10 @@ SCALED_MM = torch.ops.nvfp4.scaled_mm.default
 REGION = torch.ops.nvfp4.region.default
 WEIGHT = torch.ops.nvfp4.weight.default
 PRODUCT = torch.ops.nvfp4.product.default
+BLOCK_SCALED_MM = torch.ops.nvfp4.block_scaled_mm.default
 
 OPERATIONS: frozenset[Target] = frozenset(
-    {HADAMARD, AMAX, QUANTIZE, TRANSPOSE, DEQUANTIZE, SCALED_MM, REGION, WEIGHT, PRODUCT}
+    {HADAMARD, AMAX, QUANTIZE, TRANSPOSE, DEQUANTIZE, SCALED_MM, REGION, WEIGHT, PRODUCT, BLOCK_SCALED_MM}
 )
 
 
@@ -350,6 +407,7 @@ class KernelTable:
     quantize followed by dequantize, for an operand whose packed form nobody needs; None where there is none. `weight`
     is a region of a parameter, not computed again while the parameter stays as it is; None where nothing is kept.
     `dequantize` and `operand` return code * scale in `operand_dtype` (exact in BF16), without the global factor.
+    block_scaled_mm: for a target that multiplies packed operands itself; then `rewrite` keeps them packed.
     names: what `explain` calls a matmul both of whose operands are quantised, and one of which one is.
     """
 
@@ -364,3 +422,9 @@ class KernelTable:
     operand: Callable[..., Tensor] | None = None
     region: Callable[..., Sequence[Tensor]] | None = None
     weight: Callable[..., Sequence[Tensor]] | None = None
+    block_scaled_mm: Callable[..., Tensor] | None = None
+
+    @property
+    def native(self) -> bool:
+        """Whether products read packed operands."""
+        return self.block_scaled_mm is not None

@@ -19,6 +19,7 @@ from nvfp4c.passes.fuse import fuse
 from nvfp4c.passes.insert_hadamard import insert_hadamard
 from nvfp4c.passes.insert_scaling import insert_scaling
 from nvfp4c.passes.lower import Lower
+from nvfp4c.passes.native import native
 from nvfp4c.passes.place import place
 from nvfp4c.passes.share import share
 from nvfp4c.plan import PrecisionPlan
@@ -46,13 +47,15 @@ def decide(recipe: Recipe, plan: PrecisionPlan, names: ModelNames) -> tuple[Step
     )
 
 
-def rewrite() -> tuple[Step, ...]:
-    """Turn decisions into operations of the dialect, on the joint graph."""
+def rewrite(packed: bool = False) -> tuple[Step, ...]:
+    """Turn decisions into operations of the dialect, on the joint graph. packed: whether the target's products read
+    packed operands, as `KernelTable.native` says."""
     return (
         Step("insert_hadamard", insert_hadamard, Stage.ROTATED),
         Step("insert_scaling", insert_scaling, Stage.SCALED),
         Step("share", share, Stage.SCALED),
         Step("fold_hadamard", fold_hadamard, Stage.SCALED),
+        *((Step("native", native, Stage.SCALED),) if packed else ()),
         Step("place", place, Stage.SCALED),
     )
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from nvfp4c import numerics, philox
 from nvfp4c.formats import ROW_BLOCK, block_count, padded
 from nvfp4c.prologue import IDENTITY, Prologue
+from nvfp4c.scale_layout import swizzle, swizzled_shape
 
 
 class Form(str, Enum):
@@ -43,12 +44,24 @@ class Axis(str, Enum):
     COLUMNS = "columns"
 
 
+class Layout(str, Enum):
+    """How codes and scales lie in memory.
+
+    LINEAR: as the matrix does; those of blocks down its columns are the transpose of what the dialect calls codes and
+    scales. NATIVE: as the FP4 tensor cores read them: codes [.., rows, ceil16(k) / 2] with the contraction axis last,
+    whichever way the blocks run, and scales as `scale_layout.swizzle` gives them.
+    """
+
+    LINEAR = "linear"
+    NATIVE = "native"
+
+
 @dataclass(frozen=True)
 class Output:
     """One result of a region. An amax or a rotated matrix uses only `axis` and `signs`, a value neither.
 
     amax: the place of the tensor's amax among those given to the region. stream: of stochastic rounding. matrix: which
-    of the prologue's results it is computed from.
+    of the prologue's results it is computed from. layout: of packed codes and scales.
     """
 
     form: Form
@@ -59,6 +72,7 @@ class Output:
     amax: int = 0
     stream: int = 0
     matrix: int = 0
+    layout: Layout = Layout.LINEAR
 
     @property
     def quantised(self) -> bool:
@@ -81,6 +95,10 @@ class Output:
     def by_columns(self) -> bool:
         """Whether a kernel computes it down the columns. A plain amax and a value need no blocks, and are too."""
         return self.down or self.form is Form.VALUE or (self.form is Form.AMAX and self.signs is None)
+
+    @property
+    def native(self) -> bool:
+        return self.form is Form.PACKED and self.layout is Layout.NATIVE
 
 
 @dataclass(frozen=True)
@@ -113,6 +131,7 @@ class Region:
                 amax=int(given["amax"]),  # type: ignore[call-overload]
                 stream=int(given["stream"]),  # type: ignore[call-overload]
                 matrix=int(given["matrix"]),  # type: ignore[call-overload]
+                layout=Layout(given["layout"]),
             )
 
         data = json.loads(text)
@@ -142,9 +161,13 @@ def shapes(output: Output, x: Tensor) -> list[Shape]:
         return [((*lead, *whole), torch.bfloat16)]
     if output.form is Form.OPERAND:
         return [((*lead, rows, columns), torch.bfloat16)]
-    codes = (whole[0] // 2, columns) if output.down else (rows, whole[1] // 2)
-    scales = (block_count(rows), columns) if output.down else (rows, block_count(columns))
-    return [((*lead, *codes), torch.uint8), ((*lead, *scales), torch.float8_e4m3fn)]
+    if output.native:
+        k, others = (rows, columns) if output.down else (columns, rows)
+        scales = swizzled_shape(others, block_count(k))
+        return [((*lead, others, padded(k) // 2), torch.uint8), ((*lead, *scales), torch.float8_e4m3fn)]
+    packed = (whole[0] // 2, columns) if output.down else (rows, whole[1] // 2)
+    linear = (block_count(rows), columns) if output.down else (rows, block_count(columns))
+    return [((*lead, *packed), torch.uint8), ((*lead, *linear), torch.float8_e4m3fn)]
 
 
 def evaluate(region: Region, inputs: Sequence[Tensor], amaxes: Sequence[Tensor], seed: Tensor | None) -> list[Tensor]:
@@ -184,6 +207,8 @@ def _evaluate(output: Output, x: Tensor, amaxes: Sequence[Tensor], seed: Tensor 
         assert seed is not None, "stochastic rounding needs a seed"
         bits = philox.random_bytes_like(rows, seed, output.stream)
     codes, scales = numerics.block_codes(rows, amaxes[output.amax], output.block, bits)
+    if output.native:
+        return [numerics.pack(codes).contiguous(), swizzle(scales)]
     if output.form is Form.PACKED:
         return [_laid_out(numerics.pack(codes), output), _laid_out(scales, output)]
     values = numerics.block_values(codes, scales).narrow(-1, 0, rows.shape[-1])

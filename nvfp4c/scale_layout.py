@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nvfp4c.formats import Size
 
@@ -19,23 +18,33 @@ QUARTER = TILE_ROWS // 4
 """Rows of a tile that lie this far apart are neighbours in memory."""
 
 
-def swizzled_shape(rows: Size, blocks: Size) -> tuple[Size | int, ...]:
-    """[ceil(rows / 128), ceil(blocks / 4), 32, 4, 4]: tiles down and across, a row's place in its quarter of a tile,
-    the quarter, and the block. Works on symbolic sizes."""
-    down, across = (rows + (TILE_ROWS - 1)) // TILE_ROWS, (blocks + (TILE_BLOCKS - 1)) // TILE_BLOCKS
-    return (down, across, QUARTER, TILE_ROWS // QUARTER, TILE_BLOCKS)
+def swizzled_shape(rows: Size, blocks: Size) -> tuple[Size, Size]:
+    """What scales [rows, blocks] are padded to: whole tiles. Works on symbolic sizes."""
+    padded_rows = (rows + (TILE_ROWS - 1)) // TILE_ROWS * TILE_ROWS
+    return padded_rows, (blocks + (TILE_BLOCKS - 1)) // TILE_BLOCKS * TILE_BLOCKS
 
 
 def swizzle(scales: Tensor) -> Tensor:
-    """Scales [.., M, B], one byte each, as [.., *swizzled_shape(M, B)], padded with zeros."""
+    """Scales [.., M, B], one byte each, padded with zeros and put into this order: [.., *swizzled_shape(M, B)].
+
+    Only its memory says what belongs where; a row of the result is no row of the scales.
+    """
     *lead, rows, blocks = scales.shape
-    octets = F.pad(scales.view(torch.uint8), (0, -blocks % TILE_BLOCKS, 0, -rows % TILE_ROWS))
-    down, across, in_quarter, quarters, in_tile = swizzled_shape(rows, blocks)
-    tiles = octets.reshape(*lead, down, quarters, in_quarter, across, in_tile)
-    return tiles.transpose(-4, -2).contiguous().view(scales.dtype)
+    high, wide = swizzled_shape(rows, blocks)
+    octets = torch.zeros((*lead, high * wide), dtype=torch.uint8, device=scales.device)
+    octets[..., _places(rows, blocks, scales.device)] = scales.view(torch.uint8)
+    return octets.reshape(*lead, high, wide).view(scales.dtype)
 
 
 def unswizzle(swizzled: Tensor, rows: int, blocks: int) -> Tensor:
     """Inverse of `swizzle` for scales [.., rows, blocks]."""
-    tiles = swizzled.view(torch.uint8).transpose(-4, -2).flatten(-5, -3).flatten(-2)
-    return tiles[..., :rows, :blocks].contiguous().view(swizzled.dtype)
+    octets = swizzled.view(torch.uint8).flatten(-2)
+    return octets[..., _places(rows, blocks, swizzled.device)].view(swizzled.dtype)
+
+
+def _places(rows: int, blocks: int, device: torch.device) -> Tensor:
+    """Where in memory each scale of a matrix [rows, blocks] lies."""
+    row, block = torch.arange(rows, device=device)[:, None], torch.arange(blocks, device=device)
+    tile = row // TILE_ROWS * ((blocks + (TILE_BLOCKS - 1)) // TILE_BLOCKS) + block // TILE_BLOCKS
+    within = row % QUARTER * (TILE_ROWS // QUARTER * TILE_BLOCKS) + row % TILE_ROWS // QUARTER * TILE_BLOCKS
+    return tile * (TILE_ROWS * TILE_BLOCKS) + within + block % TILE_BLOCKS

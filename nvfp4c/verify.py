@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from nvfp4c.dialect import (
     AMAX,
+    BLOCK_SCALED_MM,
     DEQUANTIZE,
     HADAMARD,
     PRODUCT,
@@ -30,13 +31,14 @@ from nvfp4c.dialect import (
     matmul_of,
 )
 from nvfp4c.errors import VerifyError
-from nvfp4c.formats import ROW_BLOCK, TILE_BLOCK, padded
-from nvfp4c.region import Region
+from nvfp4c.formats import BLOCK, ROW_BLOCK, TILE_BLOCK, padded
+from nvfp4c.region import Output, Region
+from nvfp4c.scale_layout import swizzled_shape
 
 aten = torch.ops.aten
 
-_SCALED = frozenset({HADAMARD, AMAX, QUANTIZE, TRANSPOSE, DEQUANTIZE, SCALED_MM})
-_FUSED = frozenset({REGION, WEIGHT, PRODUCT, DEQUANTIZE, QUANTIZE, TRANSPOSE})
+_SCALED = frozenset({HADAMARD, AMAX, QUANTIZE, TRANSPOSE, DEQUANTIZE, SCALED_MM, BLOCK_SCALED_MM})
+_FUSED = frozenset({REGION, WEIGHT, PRODUCT, BLOCK_SCALED_MM, DEQUANTIZE, QUANTIZE, TRANSPOSE})
 
 ALLOWED: dict[Stage, frozenset[Target]] = {
     Stage.AOT: frozenset(),
@@ -79,7 +81,7 @@ def verify(graph: fx.Graph, stage: Stage) -> None:
         if made:
             _check_value(node, stage)
         if node.target is QUANTIZE and arguments(node)[3] == "stochastic":
-            other = drawn.setdefault(arguments(node)[5:], node)
+            other = drawn.setdefault(arguments(node)[5:7], node)
             if other is not node:
                 raise _fail(node, stage, f"draws the same random bits as %{other.name}; it needs a stream of its own")
 
@@ -167,7 +169,7 @@ def _check_transpose(node: fx.Node, stage: Stage) -> None:
     if (
         maker is not None
         and maker.target is QUANTIZE
-        and _quantization(maker) != Quantization(TILE_BLOCK, "nearest", None)
+        and _quantize_of(maker) != Quantization(TILE_BLOCK, "nearest", None)
     ):
         raise _fail(node, stage, "only 16x16 tiles, not rotated, can be turned")
 
@@ -179,11 +181,15 @@ def _check_dequantize(node: fx.Node, stage: Stage) -> None:
 
 def _check_scaled_mm(node: fx.Node, stage: Stage) -> None:
     args, assignment = arguments(node), assignment_of(node)
+    native = node.target is BLOCK_SCALED_MM
+    length = args[0].meta["val"].shape[-1] * 2 if native else args[6]
     found: list[Quantization] = []
     for side, (codes, scales, amax) in (("left", args[:3]), ("right", args[3:6])):
-        maker = _check_operand(node, stage, side, codes, scales, amax, args[6])
+        maker = _check_operand(node, stage, side, codes, scales, amax, length)
+        if native and not _is_swizzled(codes, scales):
+            raise _fail(node, stage, f"{side} scales are not laid out as the FP4 tensor cores read them")
         if maker is not None:
-            found.append(_quantization(maker))
+            found.append(_quantization(maker, codes))
             assigned = getattr(assignment, side, None)
             if assigned is not None and found[-1] != assigned:
                 raise _fail(node, stage, f"{side} operand is quantised as {found[-1]}, assigned {assigned}")
@@ -203,7 +209,7 @@ def _check_operand(
         raise _fail(node, stage, f"{side} codes and scales come from different quantisations")
     if maker is not None and maker.target is TRANSPOSE:
         maker = _maker(arguments(maker)[0])
-    if maker is not None and amax is not None and arguments(maker)[1] is not amax:
+    if maker is not None and amax is not None and _amax_of(maker, codes) is not amax:
         raise _fail(node, stage, f"{side} operand was quantised with another amax")
     return maker
 
@@ -224,6 +230,7 @@ CHECKS: dict[Target, Callable[[fx.Node, Stage], None]] = {
     TRANSPOSE: _check_transpose,
     DEQUANTIZE: _check_dequantize,
     SCALED_MM: _check_scaled_mm,
+    BLOCK_SCALED_MM: _check_scaled_mm,
     WEIGHT: _check_weight,
 }
 """What each operation must satisfy."""
@@ -234,8 +241,36 @@ def _maker(item: fx.Node) -> fx.Node | None:
     return arguments(item)[0] if item.target is operator.getitem else None
 
 
-def _quantization(quantize: fx.Node) -> Quantization:
-    """How a node quantises, in the words of an assignment."""
+def _is_swizzled(codes: fx.Node, scales: fx.Node) -> bool:
+    *lead, rows, width = codes.meta["val"].shape
+    expected = (*lead, *swizzled_shape(rows, 2 * width // BLOCK))
+    return list(map(str, scales.meta["val"].shape)) == list(map(str, expected))
+
+
+def _region_output(item: fx.Node) -> Output:
+    """The output that an item of a region belongs to."""
+    region, place = arguments(item)
+    outputs = Region.from_json(arguments(region)[3]).outputs
+    return [output for output in outputs for _ in range(output.tensors)][place]
+
+
+def _amax_of(maker: fx.Node, codes: fx.Node) -> fx.Node:
+    """What codes were quantised with."""
+    given: Any = arguments(maker)[1]
+    amax: fx.Node = given[_region_output(codes).amax] if maker.target is REGION else given
+    return amax
+
+
+def _quantization(maker: fx.Node, codes: fx.Node) -> Quantization:
+    """How codes were quantised, in the words of an assignment."""
+    if maker.target is REGION:
+        output = _region_output(codes)
+        return Quantization(output.block, output.rounding, output.signs or _rotation_signs(arguments(maker)[0][0]))
+    return _quantize_of(maker)
+
+
+def _quantize_of(quantize: fx.Node) -> Quantization:
+    """How a node quantises."""
     return Quantization(tuple(arguments(quantize)[2]), arguments(quantize)[3], _own_signs(quantize, 4))
 
 
@@ -252,6 +287,8 @@ def _argument(node: fx.Node, place: int) -> Any:
 def _rotation_signs(operand: fx.Node) -> Signs:
     """Signs of the transform that an operand, or what it is the transpose of, was made by."""
     source = _unturned(operand)
+    if source.target is operator.getitem and arguments(source)[0].target is REGION:
+        return _region_output(source).signs
     return tuple(arguments(source)[1]) if source.target is HADAMARD else None
 
 

@@ -13,9 +13,14 @@ becomes
     %dx = nvfp4.product(%r, %w, %a, %wa, None, bf16)
     %dw = nvfp4.product(%ct, %x, %at, %xa, None, bf16)
 
-so %dy is read once for its amaxes and once for its operands. For targets that multiply dequantised operands: an
-operand is packed only where its bytes are read, by another graph for example; a product whose operand was packed
-elsewhere reads `nvfp4.dequantize` of it. A transpose is never made: blocks down the columns give the transposed result.
+so %dy is read once for its amaxes and once for its operands. An operand is packed only where its bytes are read, by
+another graph for example; a product whose operand was packed elsewhere reads `nvfp4.dequantize` of it. A transpose is
+never made: blocks down the columns give the transposed result.
+
+Products that read packed operands (see `native`) stay as they are, and get them from the same regions:
+    %rc, %rs, %cc, %cs = nvfp4.region(%dy, [%a, %at], %seed, "packed native; packed down the columns, rotated, native")
+    %dx = nvfp4.block_scaled_mm(%rc, %rs, %a, %wc, %ws, %wa, None, bf16)
+    %dw = nvfp4.block_scaled_mm(%cc, %cs, %at, %xc, %xs, %xa, None, bf16)
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -43,12 +49,15 @@ from nvfp4c.dialect import (
 )
 from nvfp4c.formats import GLOBAL_MAX
 from nvfp4c.passes.graph_edit import arrangement_base, insert, swap_order, swapped
-from nvfp4c.region import Axis, Form, Output, Region
+from nvfp4c.region import Axis, Form, Layout, Output, Region
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
 PRODUCTS = (SCALED_MM, DEQUANTIZE)
 """What reads an operand dequantised."""
+
+DEFAULTS: tuple[Any, ...] = (None, None, 0, Layout.LINEAR.value)
+"""Signs, seed, stream and layout of a quantisation that does not name them."""
 
 SIGNS_PLACE = {HADAMARD: 1, AMAX: 1, QUANTIZE: 4}
 
@@ -190,18 +199,20 @@ class _Fusing:
         seed = None
         for node in nodes:
             source = _source(node)
-            _, amax, block, rounding, _, own_seed, stream = (*arguments(node), None, None, 0)[:7]
+            given = arguments(node)
+            _, amax, block, rounding, _, own_seed, stream, layout = (*given, *DEFAULTS[len(given) - 4 :])
             seed = own_seed if rounding == "stochastic" else seed
             forms = ([Form.PACKED] if node in self.packed else []) + ([Form.OPERAND] if any(_products(node)) else [])
             for form in forms:
-                place = amaxes.index(amax)
-                output = Output(form, source.axis, tuple(block), rounding, source.signs, place, stream or 0)
+                how = (tuple(block), rounding, source.signs, amaxes.index(amax), stream)
+                output = Output(form, source.axis, *how, layout=Layout(layout))
                 outputs.append(output)
                 made.append((node, output))
         found = iter(self._region(matrix, outputs, amaxes, seed, where, nodes[0]))
         packed: dict[fx.Node, fx.Node] = {}
         for node, output in made:
-            parts = [self._turned(next(found), output.axis, where, node) for _ in range(output.tensors)]
+            axis = Axis.ROWS if output.native else output.axis
+            parts = [self._turned(next(found), axis, where, node) for _ in range(output.tensors)]
             for item in list(node.users):
                 place = arguments(item)[1]
                 if output.form is Form.PACKED:

@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 from nvfp4c import dialect
 from nvfp4c.dialect import (
     AMAX,
+    BLOCK_SCALED_MM,
     DEQUANTIZE,
     HADAMARD,
     PRODUCT,
@@ -92,6 +93,7 @@ class _Lowering:
             REGION: self.table.region,
             WEIGHT: self.table.weight,
             PRODUCT: self.table.product,
+            BLOCK_SCALED_MM: self.table.block_scaled_mm,
         }
         with self.graph.inserting_before(node):
             if node.target is SCALED_MM:

@@ -16,7 +16,7 @@ import operator
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from nvfp4c.dialect import QUANTIZE, SCALED_MM, arguments, is_dialect
+from nvfp4c.dialect import BLOCK_SCALED_MM, QUANTIZE, SCALED_MM, arguments, is_dialect
 from nvfp4c.passes.graph_edit import arrangement_base, backward_nodes
 from nvfp4c.passes.insert_scaling import SEED
 
@@ -53,7 +53,7 @@ def _is_operand(node: fx.Node) -> bool:
     """Whether a node is a step on the way to a matmul, or a part of one, and not a product."""
     if node.target is operator.getitem:
         return is_dialect(arguments(node)[0])
-    return is_dialect(node) and node.target is not SCALED_MM
+    return is_dialect(node) and node.target not in (SCALED_MM, BLOCK_SCALED_MM)
 
 
 def _is_inserted(node: fx.Node) -> bool:

@@ -102,6 +102,7 @@ def _output(output: Output) -> str:
     words += [f"stochastic {output.stream}"] if output.stochastic else []
     words += [f"by amax {output.amax}"] if output.amax else []
     words += [f"of matrix {output.matrix}"] if output.matrix else []
+    words += ["native"] if output.native else []
     return " ".join(words)
 
 
@@ -198,15 +199,19 @@ def run_step(graph: fx.Graph, step: Step, before: Stage) -> fx.Graph:
 ALL_STEPS = ("classify", "assign", "insert_hadamard", "insert_scaling", "share", "fold_hadamard", "place")
 
 
-def steps_of(recipe: Recipe, names: ModelNames, plan: PrecisionPlan | None = None) -> tuple[Step, ...]:
-    """All passes that run on the joint graph."""
-    return (*pipeline.decide(recipe, plan or PrecisionPlan(), names), *pipeline.rewrite())
+def steps_of(
+    recipe: Recipe, names: ModelNames, plan: PrecisionPlan | None = None, packed: bool = False
+) -> tuple[Step, ...]:
+    """All passes that run on the joint graph. packed: for a target whose products read packed operands."""
+    return (*pipeline.decide(recipe, plan or PrecisionPlan(), names), *pipeline.rewrite(packed))
 
 
-def run_until(captured: CapturedGraph, last: str, recipe: Recipe, plan: PrecisionPlan | None = None) -> fx.Graph:
+def run_until(
+    captured: CapturedGraph, last: str, recipe: Recipe, plan: PrecisionPlan | None = None, packed: bool = False
+) -> fx.Graph:
     """A captured graph after the pass called `last`, with the verifier around every pass before it."""
     graph, stage = captured.graph, Stage.AOT
-    for step in steps_of(recipe, captured.names, plan):
+    for step in steps_of(recipe, captured.names, plan, packed):
         graph = run_step(graph, step, stage)
         stage = step.stage
         if step.name == last:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from nvfp4c import dialect, numerics, philox
 from nvfp4c.formats import DEFAULT_SIGNS, ROW_BLOCK, TILE_BLOCK, padded
-from nvfp4c.region import Axis, Form, Output, Region
+from nvfp4c.region import Axis, Form, Layout, Output, Region
 
 SIGNS = list(DEFAULT_SIGNS)
 
@@ -46,7 +46,7 @@ class Case:
     @property
     def oriented(self) -> bool:
         """Whether results lie in memory as x does; else they are contiguous."""
-        return self.op in (dialect.QUANTIZE, dialect.DEQUANTIZE)
+        return self.op in (dialect.QUANTIZE, dialect.DEQUANTIZE) and self.constants.get("layout") != "native"
 
     def on(self, x: Tensor) -> dict[str, object]:
         return {**self.arguments(x), **self.constants}
@@ -87,6 +87,17 @@ def of_two_operands_and_bias(x: Tensor) -> Arguments:
     return {**of_two_operands(x), "bias": matrix(x.shape[-2], seed=3)}
 
 
+def of_native_operands(x: Tensor) -> Arguments:
+    amax = numerics.tensor_amax(x)
+    a, b = (dialect.QUANTIZE(given, amax, [16, 16], "nearest", layout="native") for given in (x, -x))
+    names = ("a_codes", "a_scales", "a_amax", "b_codes", "b_scales", "b_amax")
+    return dict(zip(names, (*a, amax, *b, amax.clone()), strict=True))
+
+
+def of_native_operands_and_bias(x: Tensor) -> Arguments:
+    return {**of_native_operands(x), "bias": matrix(x.shape[-2], seed=3)}
+
+
 def of_region(x: Tensor) -> Arguments:
     return {"inputs": [x], "amaxes": [numerics.tensor_amax(x), torch.tensor(3.0)], "seed": torch.tensor(1234)}
 
@@ -118,6 +129,7 @@ def every_output(axis: Axis, signs: tuple[int, ...] | None) -> dict[str, object]
             (Form.OPERAND, ROW_BLOCK, "stochastic", 0, 4),
         )
     ]
+    plain += [Output(Form.PACKED, axis, TILE_BLOCK, signs=signs, layout=Layout.NATIVE)]
     turned = [] if signs is None else [Output(Form.ROTATED, axis, signs=signs)]
     return {"region": Region((*plain, *turned)).to_json()}
 
@@ -138,11 +150,16 @@ CASES = {
     "quantize tiles": Case(dialect.QUANTIZE, of_x_and_amax, TILES),
     "quantize stochastic": Case(dialect.QUANTIZE, of_x_and_seed, STOCHASTIC),
     "quantize rotated": Case(dialect.QUANTIZE, of_x_and_seed, {**STOCHASTIC, "signs": SIGNS}),
+    "quantize native": Case(dialect.QUANTIZE, of_x_and_seed, {**STOCHASTIC, "layout": "native"}),
     "transpose": Case(dialect.TRANSPOSE, of_packed),
     "dequantize": Case(dialect.DEQUANTIZE, of_packed_and_amax, {"dtype": torch.float32}),
     "dequantize to bf16": Case(dialect.DEQUANTIZE, of_packed, {"amax": None, "dtype": torch.bfloat16}),
     "scaled_mm": Case(dialect.SCALED_MM, of_two_operands, {"bias": None, "out_dtype": torch.bfloat16}),
     "scaled_mm with bias": Case(dialect.SCALED_MM, of_two_operands_and_bias, {"out_dtype": torch.float32}),
+    "block_scaled_mm": Case(dialect.BLOCK_SCALED_MM, of_native_operands, {"bias": None, "out_dtype": torch.bfloat16}),
+    "block_scaled_mm with bias": Case(
+        dialect.BLOCK_SCALED_MM, of_native_operands_and_bias, {"out_dtype": torch.float32}
+    ),
     "region by rows": Case(dialect.REGION, of_region, every_output(Axis.ROWS, None)),
     "region by columns": Case(dialect.REGION, of_region, every_output(Axis.COLUMNS, None)),
     "region by rows, rotated": Case(dialect.REGION, of_region, every_output(Axis.ROWS, DEFAULT_SIGNS)),

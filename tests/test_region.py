@@ -10,9 +10,9 @@ import torch
 from graphs import same_bits
 from torch import Tensor
 
-from nvfp4c import dialect
+from nvfp4c import dialect, scale_layout
 from nvfp4c.formats import DEFAULT_SIGNS, ROW_BLOCK, TILE_BLOCK, padded, signs_from_seed
-from nvfp4c.region import Axis, Form, Output, Region, evaluate
+from nvfp4c.region import Axis, Form, Layout, Output, Region, evaluate, shapes
 
 SEED = torch.tensor(-77)
 GENERATOR = torch.Generator().manual_seed(0)
@@ -61,6 +61,7 @@ def test_json() -> None:
         "amax": 1,
         "stream": 5,
         "matrix": 0,
+        "layout": "linear",
     }
 
 
@@ -102,6 +103,24 @@ def test_all_quantised_outputs_at_once(x: Tensor, axis: Axis) -> None:
         values = dialect.DEQUANTIZE(codes, scales, None, k if output.signs is None else padded(k), torch.bfloat16)
         assert found[2 * len(packed) + place].dtype is torch.bfloat16
         assert torch.equal(on(axis, found[2 * len(packed) + place]), values)
+
+
+@EVERY_OPERAND
+@EVERY_AXIS
+def test_the_native_layout_holds_what_the_linear_one_does(x: Tensor, axis: Axis) -> None:
+    """Codes with the contraction axis last, whichever way the blocks run, and scales in swizzled tiles."""
+    amaxes = [dialect.AMAX(x), dialect.AMAX(x) * 0.75]
+    linear = [output_with(output, axis=axis) for output in QUANTISED]
+    native = [output_with(output, layout=Layout.NATIVE) for output in linear]
+    expected, found = (evaluate(Region(tuple(outputs)), [x], amaxes, SEED) for outputs in (linear, native))
+    promised = [shape for output in native for shape in shapes(output, x)]
+    assert [(tuple(tensor.shape), tensor.dtype) for tensor in found] == promised
+    assert all(tensor.is_contiguous() for tensor in found)
+    for codes, scales, other_codes, other_scales in zip(
+        found[::2], found[1::2], expected[::2], expected[1::2], strict=True
+    ):
+        assert same_bits(codes, on(axis, other_codes))
+        assert same_bits(scales, scale_layout.swizzle(on(axis, other_scales)))
 
 
 def test_stochastic_rounding_needs_a_seed() -> None:

@@ -16,6 +16,7 @@ from nvfp4c.capture import CapturedGraph
 from nvfp4c.dialect import (
     AMAX,
     ASSIGNMENT,
+    BLOCK_SCALED_MM,
     DEQUANTIZE,
     HADAMARD,
     MATMUL,
@@ -35,6 +36,7 @@ from nvfp4c.dialect import (
 from nvfp4c.errors import VerifyError
 from nvfp4c.passes.fuse import fuse
 from nvfp4c.passes.graph_edit import insert
+from nvfp4c.passes.native import native
 from nvfp4c.recipe import RECIPES, Recipe
 from nvfp4c.region import Axis, Form, Output, Region
 from nvfp4c.verify import ALLOWED, verify
@@ -100,11 +102,11 @@ def set_argument(target: Any, place: int, value: Any) -> Callable[[fx.Graph], fx
     return damage
 
 
-def copy_argument(place: int, source: int) -> Callable[[fx.Graph], fx.Node]:
+def copy_argument(place: int, source: int, target: Any = SCALED_MM) -> Callable[[fx.Graph], fx.Node]:
     """Hand the last product one of its arguments twice."""
 
     def damage(graph: fx.Graph) -> fx.Node:
-        node = calls(graph, SCALED_MM)[-1]
+        node = calls(graph, target)[-1]
         node.update_arg(place, node.args[source])
         return node
 
@@ -238,6 +240,19 @@ def weight_in_two_ways(graph: fx.Graph) -> fx.Node:
     return as_weight(fuse(graph), weight, (Output(Form.OPERAND), Output(Form.PACKED, Axis.COLUMNS)))
 
 
+def packed(damage: Callable[[fx.Graph], fx.Node]) -> Callable[[fx.Graph], fx.Node]:
+    """Damage done to the fused graph of a target that multiplies packed operands."""
+    return lambda graph: damage(fuse(native(graph)))
+
+
+def other_rounding(graph: fx.Graph) -> fx.Node:
+    """Change what a region computes, not what its product was assigned."""
+    product = calls(graph, BLOCK_SCALED_MM)[0]
+    region = product.args[0].args[0]
+    region.update_arg(3, region.args[3].replace('"nearest"', '"stochastic"'))
+    return product
+
+
 def half(tensor: Tensor) -> Tensor:
     return tensor[: tensor.shape[0] // 2]
 
@@ -313,6 +328,21 @@ BROKEN = {
     "product rotated on one side": Broken(
         "fold_hadamard", lambda graph: signs_of(graph, ONES), "assigned Quantization"
     ),
+    "amax of another packed operand": Broken(
+        "fold_hadamard",
+        packed(copy_argument(2, 5, BLOCK_SCALED_MM)),
+        "left operand was quantised with another amax",
+        stage=Stage.FUSED,
+    ),
+    "scales of another packed operand": Broken(
+        "fold_hadamard",
+        packed(copy_argument(4, 1, BLOCK_SCALED_MM)),
+        "right codes and scales come from different",
+        stage=Stage.FUSED,
+    ),
+    "region that quantises otherwise than assigned": Broken(
+        "fold_hadamard", packed(other_rounding), "assigned Quantization", stage=Stage.FUSED
+    ),
     "rows turned as tiles": Broken("share", turned_rows, "only 16x16 tiles, not rotated, can be turned"),
 }
 
@@ -351,9 +381,22 @@ def test_operands_of_a_product_without_an_assignment_agree() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_what_the_pipeline_makes_is_legal(recipe: Recipe) -> None:
-    """Every recipe, verified around every pass."""
-    graph = after("place", recipe)
-    verify(fuse(graph), Stage.FUSED)
+    """Every recipe, verified around every pass, for products of dequantised and of packed operands."""
+    for packed in (False, True):
+        graph = run_until(mlp(), "place", recipe, packed=packed)
+        verify(fuse(graph), Stage.FUSED)
+
+
+@pytest.mark.parametrize("stage", [Stage.SCALED, Stage.FUSED])
+def test_a_native_product_reads_swizzled_scales(stage: Stage) -> None:
+    def source(codes: Tensor, scales: Tensor, amax: Tensor) -> Tensor:
+        return nvfp4.block_scaled_mm(codes, scales, amax, codes, scales, amax, None, torch.float32)
+
+    x, amax = torch.randn(32, 32), torch.tensor(4.0)
+    swizzled, linear = (nvfp4.quantize(x, amax, [1, 16], "nearest", layout=layout) for layout in ("native", "linear"))
+    verify(trace(source, *swizzled, amax), stage)
+    with pytest.raises(VerifyError, match="left scales are not laid out as the FP4 tensor cores read them"):
+        verify(trace(source, *linear, amax), stage)
 
 
 def test_each_stage_has_a_rule() -> None:

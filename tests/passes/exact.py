@@ -9,7 +9,9 @@ from graphs import Reference
 from torch import Tensor, fx, nn
 
 from nvfp4c import dialect
-from nvfp4c.dialect import PRODUCT, SCALED_MM
+from nvfp4c.dialect import BLOCK_SCALED_MM, PRODUCT, SCALED_MM
+from nvfp4c.formats import block_count
+from nvfp4c.scale_layout import unswizzle
 
 
 def exact_product(a: Tensor, b: Tensor) -> Tensor:
@@ -36,9 +38,13 @@ class ExactProducts(Reference):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is PRODUCT:
             return product(*args)
-        if target is not SCALED_MM:
+        if target not in (SCALED_MM, BLOCK_SCALED_MM):
             return super().call_function(target, args, kwargs)
-        a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, k, bias, dtype = args
+        a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, *length, bias, dtype = args
+        (k,) = length or (2 * a_codes.shape[-1],)
+        if target is BLOCK_SCALED_MM:
+            a_scales = unswizzle(a_scales, a_codes.shape[-2], block_count(k))
+            b_scales = unswizzle(b_scales, b_codes.shape[-2], block_count(k))
         a, b = dequantize_codes(a_codes, a_scales, k), dequantize_codes(b_codes, b_scales, k)
         return product(a, b, a_amax, b_amax, bias, dtype)
 
