@@ -59,14 +59,17 @@ from nvfp4c.codegen.device_math import (
     to_dtype,
     to_float32,
 )
-from nvfp4c.codegen.kernels import tile_place
-
+from nvfp4c.codegen.kernels import {from_kernels}
+{more}
 '''
+NATIVE_IMPORT = (
+    "from nvfp4c.codegen.native_math import nearest_word, nearest_words, stochastic_word, stochastic_words\n"
+)
 
 
 CONSTANTS = ("GROUPS", "COLUMNS", "WIDTH", "EVEN", "NATIVE")
 """Of every emitted kernel: the tile, how many elements along a row a thread loads at a time, whether no tile reaches
-beyond the matrix, and whether the chip converts to E4M3."""
+beyond the matrix, and what the chip converts itself: see `chips`."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,13 @@ def emit(region: Region) -> Kernel:
     decorator = f"@triton.jit(do_not_specialize={streams})" if streams else "@triton.jit"
     signature = [f"    {name}," for name in (*arguments, *constants)]
     lines = [decorator, "def region(", *signature, "):", *(f"    {line}" for line in body)]
+    native = any(output.native for output in region.outputs)
+    imports = {
+        "from_kernels": "swizzled_place, tile_place" if native else "tile_place",
+        "more": NATIVE_IMPORT if native else "",
+    }
     before = [] if region.prologue.is_identity else prologue_source(region.prologue)
-    source = HEADER.format(title=_title(region)) + "\n" + "\n".join([*before, *lines]) + "\n"
+    source = HEADER.format(title=_title(region), **imports) + "\n" + "\n".join([*before, *lines]) + "\n"
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]
     return Kernel(f"region_{digest}", source, buffers)
 
@@ -115,7 +123,7 @@ def _title(region: Region) -> str:
         words = [output.form.value, output.axis.value]
         if output.quantised:
             words += [f"{output.block[0]}x{output.block[1]}", output.rounding]
-        return " ".join([*words, *(["rotated"] if output.signs else [])])
+        return " ".join([*words, *["rotated"] * (output.signs is not None), *["native"] * output.native])
 
     title = "; ".join(map(one, region.outputs))
     operations = list(dict.fromkeys(step.operation for step in region.prologue.steps if step.operation != "to"))
@@ -254,6 +262,8 @@ def _down_quantised(place: int, output: Output) -> list[str]:
             "number += first_row // 16 + spread_like(group + 0 * column, largest)",
             f"w0, w1, w2, w3 = random_words(key, number, stream{place})",
         ]
+    if output.native:
+        return lines + _down_native(place, output)
 
     def element(kind: str, i: int) -> str:
         if output.stochastic:
@@ -278,6 +288,29 @@ def _down_quantised(place: int, output: Output) -> list[str]:
         "store(place + group * columns, scale.to(tl.uint8), inside, EVEN)",
     ]
     return lines
+
+
+def _down_native(place: int, output: Output) -> list[str]:
+    """Store codes and scales of blocks that a thread each holds whole: 8 bytes of a line of codes.
+
+    The groups of a tile are neighbours in memory, four of them a whole sector.
+    """
+    lines = [f"y{i} = z{i} * multiplier" for i in range(BLOCK)]
+    for half, words in enumerate(("w0, w1, ", "w2, w3, ")):
+        values = ", ".join(f"y{8 * half + i}" for i in range(8))
+        call = f"stochastic_word({values}, {words}NATIVE)" if output.stochastic else f"nearest_word({values}, NATIVE)"
+        lines += [f"half{half} = {call}.to(tl.int64)"]
+    return [
+        *lines,
+        "inside = (16 * group < rows_left) & in_columns",
+        "blocks = tl.cdiv(rows, 16)",
+        "block_of = first_row // 16 + group",
+        f"place = codes{place}.to(tl.pointer_type(tl.int64), bitcast=True)",
+        "place += (batch * columns + first_column + column) * blocks + block_of",
+        "store(place, (half0 & 0xFFFFFFFF) | (half1 << 32), inside, EVEN)",
+        f"place = scales{place} + swizzled_place(batch, first_column + column, block_of, columns, blocks)",
+        "store(place, scale.to(tl.uint8), inside, EVEN)",
+    ]
 
 
 def _out(buffer: str, height: str, width: str, first: str) -> str:
@@ -335,6 +368,8 @@ def _along_quantised(place: int, output: Output, name: str) -> list[str]:
         f"scale, multiplier = block_scale(bits_float(top), encode{output.amax}, NATIVE)",
         f"y = {name} * multiplier[:, :, None]",
     ]
+    if output.native:
+        return lines + _along_native(place, output)
     kind = "code" if output.form is Form.PACKED else "rounded"
     if output.stochastic:
         lines += [
@@ -352,6 +387,23 @@ def _along_quantised(place: int, output: Output, name: str) -> list[str]:
         f"place = codes{place} + (tile_row * blocks + tile_block)[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]",
         "store(place, (low + 16 * high).to(tl.uint8), here[:, :, None], EVEN)",
         f"store(scales{place} + tile_row * blocks + tile_block, scale.to(tl.uint8), here, EVEN)",
+    ]
+
+
+def _along_native(place: int, output: Output) -> list[str]:
+    lines = ["words = nearest_words(y, NATIVE)"]
+    if output.stochastic:
+        lines = [
+            f"w0, w1, w2, w3 = random_words(key, tile_row * blocks + tile_block, stream{place})",
+            "words = stochastic_words(y, w0, w1, w2, w3, NATIVE)",
+        ]
+    return [
+        *lines,
+        f"place = codes{place}.to(tl.pointer_type(tl.int32), bitcast=True)",
+        "place += (tile_row * blocks + tile_block)[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]",
+        "store(place, words, here[:, :, None], EVEN)",
+        f"place = scales{place} + swizzled_place(batch, first_row + row, tile_block, rows, blocks)",
+        "store(place, scale.to(tl.uint8), here, EVEN)",
     ]
 
 

@@ -25,10 +25,10 @@ def tile_place(rows, columns, GROUPS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def swizzled_place(row, block, blocks):
-    """Where the scale of this row and block lies among those of a matrix of `blocks` blocks a row: see
-    `nvfp4c.scale_layout`."""
-    tile = row // 128 * tl.cdiv(blocks, 4) + block // 4
+def swizzled_place(batch, row, block, rows, blocks):
+    """Where the scale of this row and block of a matrix of a batch lies: see `nvfp4c.scale_layout`. rows, blocks: of
+    every matrix."""
+    tile = (batch * tl.cdiv(rows, 128) + row // 128) * tl.cdiv(blocks, 4) + block // 4
     return tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + block % 4
 
 

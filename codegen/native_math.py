@@ -1,6 +1,8 @@
 # mypy: allow-untyped-defs
 # (Triton compiles these functions from their source; their arguments are not Python values.)
-"""Conversion to E2M1 by the instructions of sm_100 and newer: packed codes, equal to those of `device_math`.
+"""Packed E2M1 codes, eight to a word: by the instructions of sm_100 and newer, and where they lack by `device_math`.
+
+Either way they are the same. NATIVE: what the chip converts itself, as in `chips`.
 
 Source: the PTX ISA, `cvt`. `cvt.rn.satfinite.e2m1x2` needs PTX 8.6 and sm_100, 103, 110 or 120. It rounds to nearest,
 ties to even, saturates at 6 and gives code 7 for NaN, all as `numerics.encode_e2m1` does; but it keeps the sign of
@@ -18,14 +20,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NEAREST_TARGETS = frozenset({"sm_100", "sm_103", "sm_120"})
-STOCHASTIC_TARGETS = frozenset({"sm_100", "sm_103"})
-"""Targets that have `cvt.rs`; elsewhere stochastic rounding is `device_math`'s."""
+from nvfp4c.codegen import chips
+from nvfp4c.codegen.device_math import e2m1_code, e2m1_stochastic_code, random_byte
+
+NEAREST, STOCHASTIC = tl.constexpr(chips.NEAREST), tl.constexpr(chips.STOCHASTIC)
 
 
 @triton.jit
-def nearest_word(y0, y1, y2, y3, y4, y5, y6, y7):
-    """int32 words of the nearest codes of eight float32 tensors, y0's in the lowest four bits."""
+def _convert_nearest(y0, y1, y2, y3, y4, y5, y6, y7):
+    """`nearest_word` by `cvt.rn`."""
     return tl.inline_asm_elementwise(
         """
         {
@@ -72,10 +75,10 @@ def raise_to_carry(y):
 
 
 @triton.jit
-def stochastic_word(y0, y1, y2, y3, y4, y5, y6, y7, low, high):
-    """int32 words of the stochastic codes of eight float32 tensors; element e takes byte e % 4 of `low`, then `high`.
+def _convert_stochastic(y0, y1, y2, y3, y4, y5, y6, y7, low, high):
+    """`stochastic_word` by `cvt.rs`.
 
-    low, high: 32-bit random words. The PTX ISA gives the operands e and f (here the elements 1 and 0) the lower bytes
+    The PTX ISA gives the operands e and f (here the elements 1 and 0) the lower bytes
     of a random word's two halves, and a and b (3 and 2) the upper bytes; `prmt` moves our bytes there. That the higher
     half is the one of e and of a is inferred from the 16-bit formats, for the text leaves it open. Were it the lower,
     each element would be rounded with its neighbour's byte: as random as before, but not the reference's.
@@ -114,6 +117,53 @@ def stochastic_word(y0, y1, y2, y3, y4, y5, y6, y7, low, high):
 
 
 @triton.jit
+def _word(q0, q1, q2, q3, q4, q5, q6, q7):
+    low = q0 | (q1 << 4) | (q2 << 8) | (q3 << 12)
+    return low | (q4 << 16) | (q5 << 20) | (q6 << 24) | (q7 << 28)
+
+
+@triton.jit
+def nearest_word(y0, y1, y2, y3, y4, y5, y6, y7, NATIVE: tl.constexpr):
+    """int32 words of the nearest codes of eight float32 tensors, y0's in the lowest four bits."""
+    if NATIVE >= NEAREST:
+        word = _convert_nearest(y0, y1, y2, y3, y4, y5, y6, y7)
+    else:
+        word = _word(
+            e2m1_code(y0),
+            e2m1_code(y1),
+            e2m1_code(y2),
+            e2m1_code(y3),
+            e2m1_code(y4),
+            e2m1_code(y5),
+            e2m1_code(y6),
+            e2m1_code(y7),
+        )
+    return word
+
+
+@triton.jit
+def stochastic_word(y0, y1, y2, y3, y4, y5, y6, y7, low, high, NATIVE: tl.constexpr):
+    """int32 words of the stochastic codes of eight float32 tensors; element e takes byte e % 4 of `low`, then `high`.
+
+    low, high: 32-bit random words.
+    """
+    if NATIVE >= STOCHASTIC:
+        word = _convert_stochastic(y0, y1, y2, y3, y4, y5, y6, y7, low, high)
+    else:
+        word = _word(
+            e2m1_stochastic_code(y0, random_byte(low, 0)),
+            e2m1_stochastic_code(y1, random_byte(low, 1)),
+            e2m1_stochastic_code(y2, random_byte(low, 2)),
+            e2m1_stochastic_code(y3, random_byte(low, 3)),
+            e2m1_stochastic_code(y4, random_byte(high, 0)),
+            e2m1_stochastic_code(y5, random_byte(high, 1)),
+            e2m1_stochastic_code(y6, random_byte(high, 2)),
+            e2m1_stochastic_code(y7, random_byte(high, 3)),
+        )
+    return word
+
+
+@triton.jit
 def _eighths(y):
     """Float32 [R, B, 16] as eight tensors [R, B, 2]: the elements of each place in a word of eight."""
     y0246, y1357 = tl.split(tl.reshape(y, [y.shape[0], y.shape[1], 2, 2, 2, 2]))
@@ -127,14 +177,15 @@ def _eighths(y):
 
 
 @triton.jit
-def nearest_words(y):
+def nearest_words(y, NATIVE: tl.constexpr):
     """int32 [R, B, 2] of the nearest codes of float32 y [R, B, 16]: 8 a word, the first in the lowest bits."""
     y0, y1, y2, y3, y4, y5, y6, y7 = _eighths(y)
-    return nearest_word(y0, y1, y2, y3, y4, y5, y6, y7)
+    return nearest_word(y0, y1, y2, y3, y4, y5, y6, y7, NATIVE)
 
 
 @triton.jit
-def stochastic_words(y, word0, word1, word2, word3):
+def stochastic_words(y, word0, word1, word2, word3, NATIVE: tl.constexpr):
     """The same for stochastic codes, with the random words [R, B] of each block: see `nvfp4c.philox`."""
     y0, y1, y2, y3, y4, y5, y6, y7 = _eighths(y)
-    return stochastic_word(y0, y1, y2, y3, y4, y5, y6, y7, tl.join(word0, word2), tl.join(word1, word3))
+    low, high = tl.join(word0, word2), tl.join(word1, word3)
+    return stochastic_word(y0, y1, y2, y3, y4, y5, y6, y7, low, high, NATIVE)

@@ -20,20 +20,18 @@ from torch._inductor.codecache import PyCodeCache
 from torch.nn import functional as F
 
 from nvfp4c import dialect
-from nvfp4c.codegen import cublas, kernels
+from nvfp4c.codegen import chips, cublas, kernels
 from nvfp4c.codegen.emit import CONSTANTS, Tile, emit
 from nvfp4c.codegen.launching import INTERPRETED, LOAD_BYTES, Launch, on_device_of
-from nvfp4c.formats import BLOCK
+from nvfp4c.formats import BLOCK, block_count
 from nvfp4c.numerics import global_factor
 from nvfp4c.prologue import Kind
-from nvfp4c.region import Form, Region, shapes
+from nvfp4c.region import Form, Output, Region, shapes
 
 LIBRARY = torch.library.Library("nvfp4_triton", "DEF")
 
 DISPATCH_KEYS = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
 
-E4M3_CAPABILITY = (8, 9)
-"""The least compute capability with a conversion to E4M3."""
 
 UNPACK_TILE = Tile(groups=2, columns=128, warps=4)
 
@@ -53,10 +51,12 @@ def tile_of(region: Region) -> Tile:
     """What suits a region: enough loads in flight, and few enough registers for many programs.
 
     Four columns a thread make loads and stores of whole sectors; with random words or a second matrix beside them
-    registers would spill.
+    registers would spill. Where codes of columns are turned, four groups make whole sectors of them.
     """
     full = len(region.prologue.results) > 1 or any(output.stochastic for output in region.outputs)
-    return Tile(groups=2, columns=128, warps=4) if full else Tile(groups=2, columns=256, warps=4)
+    turned = any(output.native and output.down for output in region.outputs)
+    groups, columns = (4, 128) if turned else (2, 256)
+    return Tile(groups=groups, columns=columns // 2 if full else columns, warps=4)
 
 
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -71,12 +71,12 @@ def layout(x: Tensor) -> Layout:
 class Prepared:
     """All about the launches of a region that shapes, strides and types determine.
 
-    buffers: shape and type of every tensor. amaxes: the places of those that have to start as 0.
+    buffers: shape and type of every tensor. zeros: the places of those that have to start as 0.
     """
 
     region: Region
     buffers: tuple[tuple[Sequence[int | torch.SymInt], torch.dtype], ...]
-    amaxes: tuple[int, ...]
+    zeros: tuple[int, ...]
     launch: Launch
 
 
@@ -99,14 +99,15 @@ def prepare(
     tile = tile or tile_of(region)
     height = BLOCK * tile.groups
     even = rows % height == 0 and columns % tile.columns == 0
-    native = not INTERPRETED and (capability or torch.cuda.get_device_capability(device)) >= E4M3_CAPABILITY
+    native = 0 if INTERPRETED else chips.conversions(capability or torch.cuda.get_device_capability(device))
     strides = [step for x in full for step in x.stride()[:2]]
     buffers = [(output, buffer) for output in region.outputs for buffer in shapes(output, matrices[output.matrix])]
     constants = (tile.groups, tile.columns, LOAD_BYTES // max(x.dtype.itemsize for x in full), even, native)
+    zeros = [_starts_as_zero(output, *buffer, matrices[output.matrix]) for output, buffer in buffers]
     return Prepared(
         region=region,
         buffers=tuple(buffer for _, buffer in buffers),
-        amaxes=tuple(place for place, (output, _) in enumerate(buffers) if output.form is Form.AMAX),
+        zeros=tuple(place for place, zero in enumerate(zeros) if zero),
         launch=Launch(
             kernel=emitted(region),
             programs=count * triton.cdiv(rows, height) * triton.cdiv(columns, tile.columns),
@@ -115,6 +116,15 @@ def prepare(
             warps=tile.warps,
         ),
     )
+
+
+def _starts_as_zero(output: Output, shape: Sequence[int | torch.SymInt], dtype: torch.dtype, x: Tensor) -> bool:
+    """Whether a tensor holds what no program writes: an amax, which is raised, or scales padded to whole tiles."""
+    if not output.native:
+        return output.form is Form.AMAX
+    rows, columns = x.shape[-2:]
+    written = (columns, block_count(rows)) if output.down else (rows, block_count(columns))
+    return dtype is torch.float8_e4m3fn and tuple(shape[-2:]) != written
 
 
 @lru_cache(maxsize=SHAPES_KEPT)
@@ -131,8 +141,8 @@ def run(prepared: Prepared, inputs: Sequence[Tensor], amaxes: Sequence[Tensor], 
     """`region`, as prepared."""
     x, region = inputs[0], prepared.region
     found = [x.new_empty(shape, dtype=dtype) for shape, dtype in prepared.buffers]
-    if prepared.amaxes:
-        torch._foreach_zero_([found[place] for place in prepared.amaxes])  # one launch for all
+    if prepared.zeros:
+        torch._foreach_zero_([found[place] for place in prepared.zeros])  # one launch for all
     given = (_as_input(x, kind, region) for x, kind in zip(inputs, region.prologue.inputs, strict=True))
     buffers = (buffer.view(torch.uint8) if buffer.dtype == torch.float8_e4m3fn else buffer for buffer in found)
     prepared.launch((*given, *amaxes[: region.amax_count], seed, *buffers))

@@ -1,42 +1,23 @@
-"""What code can be made for: the names, how one is picked for a device, and the kernels of each.
+"""Which code a device gets: how a target is picked, and the kernels of each.
 
-No target here has native FP4 instructions: all compute the NVFP4 product exactly by multiplying dequantised operands,
-whose values (code * scale) BF16 holds without loss. A newer GPU runs the kernels of the newest target it is able to.
+On targets without FP4 instructions the NVFP4 product is computed exactly by multiplying dequantised operands, whose
+values (code * scale) BF16 holds without loss. A GPU of a family that has no target of its own runs the kernels of the
+newest target it is able to.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
-from nvfp4c.codegen import cpu
+from nvfp4c.codegen import chips, cpu
+from nvfp4c.codegen.chips import NATIVE_TARGETS, TARGETS, Target
 from nvfp4c.dialect import KernelTable
 from nvfp4c.errors import OptionError, TargetError, nearest
 
 AUTO = "auto"
-
-
-@dataclass(frozen=True)
-class Target:
-    """capability: the least CUDA compute capability, None for the CPU. native_fp4: whether it multiplies FP4 itself."""
-
-    name: str
-    capability: tuple[int, int] | None
-    description: str
-    native_fp4: bool = False
-
-
-TARGETS = {
-    target.name: target
-    for target in (
-        Target("cpu", None, "exact emulation: FP32 GEMM over dequantised operands"),
-        Target("sm_80", (8, 0), "exact emulation: BF16 GEMM over dequantised operands"),
-        Target("sm_89", (8, 9), "exact emulation: BF16 GEMM over dequantised operands"),
-        Target("sm_90", (9, 0), "exact emulation: BF16 GEMM over dequantised operands"),
-    )
-}
 SUPPORTED_GPUS = "NVIDIA GPUs of compute capability 8.0 and up (A100, RTX 30 and newer)"
 
 
@@ -62,20 +43,31 @@ def resolve(name: str, device: torch.device) -> Target:
 def _gpu_target(name: str, device: torch.device) -> Target:
     capability = torch.cuda.get_device_capability(device)
     version = "{}.{}".format(*capability)
-    able = [target for target in TARGETS.values() if target.capability and target.capability <= capability]
-    if not able:
+    best = chips.newest(capability)
+    if best is None:
         raise TargetError(f"{device} has compute capability {version}, too old for nvfp4; it needs {SUPPORTED_GPUS}")
-    chosen = able[-1] if name == AUTO else TARGETS[name]
-    if chosen not in able:
+    chosen = best if name == AUTO else TARGETS[name]
+    if not chosen.runs_on(capability):
         raise TargetError(f"{device} has compute capability {version} and cannot run {name!r}; use 'auto'")
     if importlib.util.find_spec("triton") is None:
         raise TargetError(f"target {chosen.name!r} needs triton, which is not installed; pip install triton")
     return chosen
 
 
-def kernel_table(target: Target) -> KernelTable:
-    """What `lower` puts in place of the dialect's operations on `target`."""
-    return _cpu_table() if target.capability is None else _gpu_table(target)
+def kernel_table(target: Target, product: str = AUTO) -> KernelTable:
+    """What `lower` puts in place of the dialect's operations on `target`.
+
+    product: what multiplies packed operands: "triton" (which is what "auto" means) or "library". Raises OptionError
+    where there is no such choice.
+    """
+    if product != AUTO and not target.native_fp4:
+        raise OptionError(
+            f"product={product!r} is a choice only where operands stay packed, on {', '.join(NATIVE_TARGETS)}; "
+            f"the target is {target.name!r}, so leave it out"
+        )
+    if product == "library" and not hasattr(F, "scaled_mm"):
+        raise OptionError(f"product='library' needs torch.nn.functional.scaled_mm; torch {torch.__version__} lacks it")
+    return _cpu_table() if target.capability is None else _gpu_table(target, product)
 
 
 def _cpu_table() -> KernelTable:
@@ -92,16 +84,23 @@ def _cpu_table() -> KernelTable:
     )
 
 
-def _gpu_table(target: Target) -> KernelTable:
+def _gpu_table(target: Target, product: str) -> KernelTable:
     # Imported here because it imports triton, which a machine without a GPU need not have.
-    from nvfp4c.codegen import cached_weight, operations
+    from nvfp4c.codegen import cached_weight, native_product, operations
 
+    names = {"matmul": "triton: quantise; cuBLAS BF16 GEMM", "dequantize": "triton: quantise, dequantise"}
+    block_scaled_mm = None
+    if target.native_fp4:
+        block_scaled_mm = native_product.by_library if product == "library" else native_product.by_triton
+        names["matmul"] = "triton: quantise; " + ("cuBLAS FP4 GEMM" if product == "library" else "FP4 GEMM")
     return KernelTable(
         target=target.name,
         operand_dtype=torch.bfloat16,
         region=operations.REGION,
-        weight=cached_weight.WEIGHT,
+        # What the cache of weights keeps is packed in the layout of the weight, and read dequantised.
+        weight=None if target.native_fp4 else cached_weight.WEIGHT,
         dequantize=operations.dequantized,
         product=operations.scaled_product,
-        names={"matmul": "triton: quantise; cuBLAS BF16 GEMM", "dequantize": "triton: quantise, dequantise"},
+        block_scaled_mm=block_scaled_mm,
+        names=names,
     )

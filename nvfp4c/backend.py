@@ -81,7 +81,7 @@ def compile_graph(
         target = targets.resolve(options.target, device_of(example_inputs))
         if target.name == "cpu":
             check_cpp_compiler()
-        table = targets.kernel_table(target)
+        table = targets.kernel_table(target, options.product)
         cudagraphs = patches.get("triton.cudagraphs", inductor_config.triton.cudagraphs)
         kept = "off" if table.weight is None or cudagraphs or under_fsdp() else options.weight_cache
         key = None if observers or debug.wanted() else cache_key(gm, options, target, names, kept)
@@ -119,6 +119,7 @@ def cache_key(
         "recipe": options.recipe.to_dict(),
         "plan": options.plan.to_dict(),
         "target": target.name,
+        "product": options.product,
         "weight_cache": weight_cache,
         "inputs": [asdict(described) for described in names.inputs],
         "held": {name: asdict(described) for name, described in names.held.items()},

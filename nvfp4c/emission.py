@@ -30,19 +30,15 @@ from torch import Tensor, fx
 from nvfp4c import options as option_parsing
 from nvfp4c.codegen import block_scaled_gemm, cached_weight, emit, kernels, operations
 from nvfp4c.codegen.assembly import Assembly, assemble
-from nvfp4c.codegen.targets import TARGETS
-from nvfp4c.dialect import DEQUANTIZE, PRODUCT, REGION, WEIGHT, arguments
+from nvfp4c.codegen.chips import TARGETS
+from nvfp4c.dialect import BLOCK_SCALED_MM, DEQUANTIZE, REGION, WEIGHT, arguments
 from nvfp4c.errors import OptionError, TargetError, nearest
 from nvfp4c.fused_graphs import Half, fused_graphs, sites
 from nvfp4c.region import Region
 from nvfp4c.tasks import Task
 
-BLACKWELL = tuple(block_scaled_gemm.TILES)
-GPUS = (*(target.name for target in TARGETS.values() if target.capability), *BLACKWELL)
-NOTE = (
-    "On {target} the compiler today runs the kernels of sm_90, which emulate FP4. The product on the FP4 tensor cores "
-    "is emitted too, but is not yet called by compiled models."
-)
+GPUS = tuple(target.name for target in TARGETS.values() if target.capability)
+NOTE = "No kernel for {target} has run on such a GPU yet: docs/blackwell.md says what is proven without one."
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -86,7 +82,6 @@ class Launched:
     warps: int
     source: str
     computes: str
-    called: bool = True
 
     def assemble(self, target: str) -> Assembly:
         return assemble(
@@ -107,12 +102,11 @@ class Launched:
 
 @dataclass(frozen=True)
 class NativeProduct:
-    """The product on FP4 tensor cores, which no compiled model calls yet."""
+    """The product on FP4 tensor cores."""
 
     out_dtype: torch.dtype
     bias_dtype: torch.dtype | None
     stem: str = "block_scaled_gemm"
-    called: bool = False
 
     @property
     def source(self) -> str:
@@ -120,7 +114,7 @@ class NativeProduct:
 
     @property
     def computes(self) -> str:
-        return "the product on FP4 tensor cores; not yet called by compiled models"
+        return "the product on FP4 tensor cores"
 
     @property
     def specialisation(self) -> tuple[str, ...]:
@@ -138,13 +132,11 @@ Program = Launched | NativeProduct
 class EmittedKernel:
     """A line of the summary. name: of its two files, without their endings. spills: bytes. shared_bytes: a program's.
 
-    called: whether compiled models launch it today. specialisation: what it was compiled for, in words.
-    mma, conversions: kinds of instructions found in the PTX.
+    specialisation: what it was compiled for, in words. mma, conversions: kinds of instructions found in the PTX.
     """
 
     name: str
     computes: str
-    called: bool
     specialisation: tuple[str, ...]
     uses: tuple[Use, ...]
     registers: int
@@ -199,7 +191,7 @@ def emit_task(
             task=task.name,
             target=target,
             recipe=options.recipe.name,
-            note=NOTE.format(target=target) if target in BLACKWELL else "",
+            note=NOTE.format(target=target) if TARGETS[target].native_fp4 else "",
             graphs=tuple(half.title for half in halves),
             versions={"torch": torch.__version__, "triton": triton.__version__},
             kernels=tuple(found),
@@ -245,27 +237,25 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def programs(halves: Sequence[Half], target: str) -> dict[Program, list[Use]]:
     """What the graphs launch on a target, each distinct kernel with its uses, in the order of the first of them."""
-    number = int(target.removeprefix("sm_"))
-    capability = (number // 10, number % 10)
+    capability = TARGETS[target].capability
+    assert capability is not None, "the CPU launches no kernels"
     found: dict[Program, list[Use]] = defaultdict(list)
-    products: dict[Program, list[Use]] = defaultdict(list)
     for half in halves:
         for node in half.graph.nodes:
             for program in _launches(node, capability):
                 found[program].append(_use(half, node))
-            if node.target is PRODUCT and target in BLACKWELL:
-                bias = arguments(node)[4]
-                native = NativeProduct(arguments(node)[5], None if bias is None else bias.meta["val"].dtype)
-                products[native].append(_use(half, node))
-    return found | products
+    return found
 
 
-def _launches(node: fx.Node, capability: tuple[int, int]) -> list[Launched]:
-    """The emitted kernels that a node launches; none where it computes an empty matrix."""
+def _launches(node: fx.Node, capability: tuple[int, int]) -> Sequence[Program]:
+    """The kernels that a node launches; none where it computes an empty matrix."""
     if node.target is REGION:
         inputs, _, seed, text = arguments(node)
         region = _region(Region.from_json(text), [_layout(x.meta["val"]) for x in inputs], seed is not None, capability)
         return [] if region is None else [region]
+    if node.target is BLOCK_SCALED_MM:
+        product = _multiplying(node)
+        return [] if product is None else [product]
     if node.target not in (WEIGHT, DEQUANTIZE) or 0 in _numbers(arguments(node)[0].meta["val"].shape):
         return []
     if node.target is DEQUANTIZE:
@@ -316,6 +306,18 @@ def _unpacking(shape: Sequence[int | torch.SymInt], down: bool) -> Launched:
     return _launched(kernel.__name__, kernel, given, constants, tile.warps, inspect.getsource(kernels), title)
 
 
+def _multiplying(node: fx.Node) -> NativeProduct | None:
+    """What `native_product.by_triton` launches; None for an empty product. A bias that is no vector is not its own."""
+    a, _, _, b, _, _, bias, dtype = arguments(node)
+    if 0 in _numbers((*a.meta["val"].shape, *b.meta["val"].shape)):
+        return None
+    if bias is None:
+        return NativeProduct(dtype, None)
+    given = bias.meta["val"]
+    vector = _numbers(given.shape) == _numbers(b.meta["val"].shape[-2:-1])
+    return NativeProduct(dtype, given.dtype) if vector else NativeProduct(torch.float32, None)
+
+
 def _launched(
     stem: str,
     kernel: Any,
@@ -349,7 +351,10 @@ def _numbers(sizes: Sequence[int | torch.SymInt]) -> tuple[int, ...]:
 
 
 def _use(half: Half, node: fx.Node) -> Use:
-    reads = arguments(node)[0] if node.target is REGION else arguments(node)[: 2 if node.target is PRODUCT else 1]
+    if node.target is BLOCK_SCALED_MM:
+        reads = arguments(node)[0:6:3]
+    else:
+        reads = arguments(node)[0] if node.target is REGION else arguments(node)[:1]
     return Use(half.title, node.name, " and ".join(_shape(read.meta["val"]) for read in reads), sites(half, node))
 
 
@@ -369,7 +374,7 @@ def header(program: Program, uses: Sequence[Use], target: str) -> str:
         "Specialised for:",
         *textwrap.wrap("; ".join(program.specialisation), 110, initial_indent="  ", subsequent_indent="  "),
         "",
-        "Launched by:" if program.called else "It computes what these nodes do:",
+        "Launched by:",
         *(f"  {use}" for use in uses),
     ]
     return "".join(f"# {line}".rstrip() + "\n" for line in lines) + "\n"
@@ -379,7 +384,6 @@ def _emitted(name: str, program: Program, uses: Sequence[Use], assembly: Assembl
     return EmittedKernel(
         name=name,
         computes=program.computes,
-        called=program.called,
         specialisation=program.specialisation,
         uses=tuple(uses),
         registers=assembly.registers,

@@ -12,6 +12,7 @@ from torch._inductor.compile_fx import fake_tensor_prop
 
 from nvfp4c import pipeline
 from nvfp4c.capture import CapturedGraph, capture
+from nvfp4c.codegen.chips import TARGETS
 from nvfp4c.dialect import arguments, matmul_of
 from nvfp4c.options import Options
 from nvfp4c.passes.graph_edit import backward_nodes
@@ -38,8 +39,9 @@ def fused_graphs(task: Task, options: Options, target: str) -> list[Half]:
     for number, one in enumerate(captured, 1):
         if one.names.weights:
             options.plan.check_sites(one.names.weights)
-        steps = (*pipeline.decide(options.recipe, options.plan, one.names), *pipeline.rewrite())
-        steps += pipeline.remember(one.names, options.weight_cache)
+        packed = TARGETS[target].native_fp4
+        steps = (*pipeline.decide(options.recipe, options.plan, one.names), *pipeline.rewrite(packed))
+        steps += pipeline.remember(one.names, "off" if packed else options.weight_cache)
         pipeline.run(one.graph, steps, "emit-joint")
         forward, *backward = partitioned(one)
         inputs = {node.name: node for module in backward for node in module.graph.find_nodes(op="placeholder")}

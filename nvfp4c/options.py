@@ -13,7 +13,8 @@ from nvfp4c.errors import OptionError, TargetError, nearest
 from nvfp4c.plan import EMPTY_PLAN, PrecisionPlan
 from nvfp4c.recipe import DEFAULT_RECIPE, Recipe
 
-OPTIONS = ("recipe", "plan", "target", "mode", "weight_cache")
+OPTIONS = ("recipe", "plan", "target", "product", "mode", "weight_cache")
+PRODUCTS = ("auto", "triton", "library")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 WEIGHT_CACHES = ("off", "training", "always")
 OLDEST_TORCH, NEXT_TORCH = (2, 11), (2, 16)
@@ -23,12 +24,15 @@ OLDEST_TORCH, NEXT_TORCH = (2, 11), (2, 16)
 class Options:
     """recipe: what to do. plan: where. target: "auto" or a target's name. mode: what it means for Inductor.
 
-    weight_cache: in which graphs a weight that stays the same is quantised only once; on GPUs.
+    product: what multiplies packed operands on targets with FP4 tensor cores: "triton", the kernel that nvfp4c emits
+    (also for "auto"), or "library", torch's `scaled_mm`. weight_cache: in which graphs a weight that stays the same is
+    quantised only once; on GPUs that multiply dequantised operands.
     """
 
     recipe: Recipe = recipes.RECIPES[DEFAULT_RECIPE]
     plan: PrecisionPlan = EMPTY_PLAN
     target: str = "auto"
+    product: str = "auto"
     mode: str = "default"
     weight_cache: str = "training"
 
@@ -53,6 +57,10 @@ def parse(options: Mapping[str, object] | None = None, mode: str | None = None) 
     target = given.get("target", "auto")
     if not isinstance(target, str):
         raise OptionError(f"target must be a name such as 'auto' or 'sm_90', got {type(target).__name__}")
+    product = given.get("product", "auto")
+    if product not in PRODUCTS:
+        hint = nearest(str(product), PRODUCTS)
+        raise OptionError(f"unknown product {product!r}; {hint} (valid: {', '.join(PRODUCTS)})")
     kept = given.get("weight_cache", True)
     if isinstance(kept, bool):
         kept = "training" if kept else "off"
@@ -63,6 +71,7 @@ def parse(options: Mapping[str, object] | None = None, mode: str | None = None) 
         recipe=recipes.get(given.get("recipe", DEFAULT_RECIPE)),  # type: ignore[arg-type]
         plan=plans.get(given.get("plan")),
         target=target,
+        product=str(product),
         mode=str(chosen),
         weight_cache=str(kept),
     )

@@ -20,11 +20,10 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="no triton for this system")
 
-from nvfp4c.codegen import kernels  # noqa: E402
+from nvfp4c.codegen import chips, kernels  # noqa: E402
 from nvfp4c.codegen.assembly import Assembly, assemble  # noqa: E402
 from nvfp4c.codegen.emit import CONSTANTS, emit  # noqa: E402
 from nvfp4c.codegen.operations import (  # noqa: E402
-    E4M3_CAPABILITY,
     INTERPRETED,
     LOAD_BYTES,
     UNPACK_TILE,
@@ -145,8 +144,7 @@ def assembled(region: Region, target: str, x: str = "bf16", even: bool = True, *
     x: of all inputs. even: sizes are multiples of the tile. constants: arguments that a launch would make constant.
     """
     kernel, tile = emitted(region), tile_of(region)
-    native = target >= "sm_{}{}".format(*E4M3_CAPABILITY)
-    values = (tile.groups, tile.columns, LOAD_BYTES // BYTES[x], even, native)
+    values = (tile.groups, tile.columns, LOAD_BYTES // BYTES[x], even, chips.TARGETS[target].conversions)
     given = dict(zip(CONSTANTS, values, strict=True)) | constants
     if not any(output.stochastic for output in region.outputs):
         given["seed"] = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from nvfp4c import dialect
-from nvfp4c.codegen import targets
+from nvfp4c.codegen import chips, targets
+from nvfp4c.codegen.chips import NATIVE_TARGETS
 from nvfp4c.codegen.targets import TARGETS, kernel_table, resolve
 from nvfp4c.errors import OptionError, TargetError
 from nvfp4c.formats import DEFAULT_SIGNS, ROW_BLOCK, TILE_BLOCK
-from nvfp4c.region import Axis, Form, Output, Region
+from nvfp4c.region import Axis, Form, Layout, Output, Region
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ROOT = Path(__file__).parent.parent
@@ -44,9 +46,12 @@ def with_capability(gpu: pytest.MonkeyPatch, capability: tuple[int, int]) -> Non
         ((8, 7), "sm_80"),
         ((8, 9), "sm_89"),
         ((9, 0), "sm_90"),
-        ((10, 0), "sm_90"),
-        ((10, 3), "sm_90"),
-        ((12, 0), "sm_90"),
+        ((10, 0), "sm_100"),
+        ((10, 3), "sm_103"),
+        ((11, 0), "sm_90"),
+        ((12, 0), "sm_120"),
+        ((12, 1), "sm_120"),
+        ((13, 0), "sm_90"),
     ],
 )
 def test_auto_takes_the_newest_target_that_the_gpu_runs(
@@ -65,14 +70,51 @@ def test_an_older_target_may_be_asked_for(gpu: pytest.MonkeyPatch) -> None:
     assert resolve("sm_80", GPU) == TARGETS["sm_80"]
 
 
-def test_no_target_claims_native_fp4() -> None:
-    assert not any(target.native_fp4 for target in TARGETS.values())
-    assert all("exact emulation" in target.description for target in TARGETS.values())
+def test_targets_say_how_they_multiply() -> None:
+    native = {target.name for target in TARGETS.values() if target.native_fp4}
+    assert native == {"sm_100", "sm_103", "sm_120"} == set(NATIVE_TARGETS)
+    assert all(("exact emulation" in target.description) != target.native_fp4 for target in TARGETS.values())
+
+
+@pytest.mark.parametrize(
+    "capability, name",
+    [((10, 0), "sm_120"), ((12, 0), "sm_100"), ((12, 1), "sm_100"), ((10, 0), "sm_103"), ((10, 3), "sm_100")],
+)
+def test_code_of_one_blackwell_family_does_not_run_on_another(
+    gpu: pytest.MonkeyPatch, capability: tuple[int, int], name: str
+) -> None:
+    with_capability(gpu, capability)
+    version = "{}.{}".format(*capability)
+    with pytest.raises(TargetError, match=rf"compute capability {version} and cannot run '{name}'; use 'auto'"):
+        resolve(name, GPU)
+    assert resolve("sm_90", GPU) == TARGETS["sm_90"]
+
+
+def test_each_chip_converts_what_its_instructions_can() -> None:
+    capabilities = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)]
+    e4m3, nearest, stochastic = chips.E4M3, chips.NEAREST, chips.STOCHASTIC
+    found = [chips.conversions(capability) for capability in capabilities]
+    assert found == [0, 0, 0, e4m3, e4m3, stochastic, stochastic, e4m3, nearest, nearest]
+
+
+@pytest.mark.parametrize("name", ["cpu", "sm_80", "sm_90"])
+@pytest.mark.parametrize("product", ["triton", "library"])
+def test_a_product_is_chosen_only_where_operands_stay_packed(name: str, product: str) -> None:
+    with pytest.raises(OptionError, match=rf"product='{product}' is a choice only .*sm_100, sm_103, sm_120.*'{name}'"):
+        kernel_table(TARGETS[name], product)
+
+
+def test_a_torch_without_the_library_s_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(targets.F, "scaled_mm")
+    with pytest.raises(OptionError, match=r"'library' needs torch\.nn\.functional\.scaled_mm; torch .* lacks it"):
+        kernel_table(TARGETS["sm_100"], "library")
 
 
 @pytest.mark.parametrize("device", [CPU, GPU])
 def test_unknown_names_are_refused_with_the_valid_ones(device: torch.device) -> None:
-    with pytest.raises(OptionError, match=r"'sm90'; did you mean 'sm_90'\?.*auto, cpu, sm_80, sm_89, sm_90"):
+    with pytest.raises(
+        OptionError, match=r"'sm90'; did you mean 'sm_90'\?.*auto, cpu, sm_80, sm_89, sm_90, sm_100, sm_103, sm_120"
+    ):
         resolve("sm90", device)
 
 
@@ -200,11 +242,12 @@ EVERY_FORM = Region(
         Output(Form.PACKED, Axis.COLUMNS, TILE_BLOCK, "stochastic"),
         Output(Form.PACKED, signs=DEFAULT_SIGNS),
         Output(Form.OPERAND),
+        Output(Form.PACKED, Axis.COLUMNS, layout=Layout.NATIVE),
     )
 )
 
 
-@pytest.mark.parametrize("name", ["sm_80", "sm_89", "sm_90"])
+@pytest.mark.parametrize("name", ["sm_80", "sm_89", "sm_90", *NATIVE_TARGETS])
 def test_gpu_tables_promise_what_the_dialect_does_for_any_size(name: str) -> None:
     """On fake tensors of symbolic sizes, so that no GPU is needed."""
     pytest.importorskip("triton", reason="no triton for this system")
@@ -224,10 +267,21 @@ def test_gpu_tables_promise_what_the_dialect_does_for_any_size(name: str) -> Non
             pairs.append((table.dequantize(codes, scales, k), expected))
             product = (expected, expected, amax, amax, None, torch.float16)
             pairs.append((table.product(*product), dialect.PRODUCT(*product)))
+            if table.native:
+                native = (*dialect.QUANTIZE(turned, amax, [1, 16], "nearest", layout="native"), amax)
+                for bias in (None, mode.from_tensor(torch.zeros(())), turned[:, 0]):
+                    product = (*native, *native, bias, torch.float16)
+                    pairs += [(mm(*product), dialect.BLOCK_SCALED_MM(*product)) for mm in native_products(name)]
         for found, expected in pairs:
             assert found.dtype is expected.dtype and found.device == expected.device
             assert tuple(map(str, found.shape)) == tuple(map(str, expected.shape))
             assert tuple(map(str, found.stride())) == tuple(map(str, expected.stride()))
+
+
+def native_products(name: str) -> list[Callable[..., torch.Tensor]]:
+    """Both ways to multiply packed operands on a target."""
+    found = [kernel_table(TARGETS[name], product).block_scaled_mm for product in ("triton", "library")]
+    return [product for product in found if product is not None]
 
 
 @pytest.mark.parametrize("name", sorted(TARGETS))
@@ -239,3 +293,4 @@ def test_every_table_has_what_lower_needs(name: str) -> None:
     apart = {entry for entry in ("hadamard", "amax", "quantize", "operand") if getattr(table, entry) is not None}
     assert apart == (set() if table.region is not None else {"hadamard", "amax", "quantize", "operand"})
     assert set(table.names) == {"matmul", "dequantize"}
+    assert table.native == TARGETS[name].native_fp4

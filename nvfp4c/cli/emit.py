@@ -63,7 +63,7 @@ def kernels_table(emission: Emission) -> Table:
     for kernel in emission.kernels:
         figures = (len(kernel.uses), kernel.registers, kernel.shared_bytes, kernel.spills)
         described = "; ".join([kernel.computes, *_difference(kernel, emission), *kernel.mma, *kernel.conversions])
-        table.add_row(kernel.name, *map(str, figures), escape(described), style=None if kernel.called else "dim")
+        table.add_row(kernel.name, *map(str, figures), escape(described))
     if not emission.kernels:
         table.caption = "No kernel: no matmul of this task runs in NVFP4. nvfp4c explain says why."
     return table

@@ -32,7 +32,7 @@ def test_an_unknown_option_lists_the_valid_ones() -> None:
     error = error_of({"recipes": "nvfp4"})
     assert isinstance(error, OptionError)
     assert str(error) == (
-        "unknown option 'recipes'; did you mean 'recipe'? (options: recipe, plan, target, mode, weight_cache)"
+        "unknown option 'recipes'; did you mean 'recipe'? (options: recipe, plan, target, product, mode, weight_cache)"
     )
 
 

@@ -78,16 +78,18 @@ def test_the_layout_is_the_documented_one(device: torch.device) -> None:
 
 
 @triton.jit
-def place_kernel(out, rows, blocks, SIZE: tl.constexpr):
+def place_kernel(out, batches, rows, blocks, SIZE: tl.constexpr):
     index = tl.arange(0, SIZE)
-    tl.store(out + index, swizzled_place(index // blocks, index % blocks, blocks), mask=index < rows * blocks)
+    row = index // blocks
+    place = swizzled_place(row // rows, row % rows, index % blocks, rows, blocks)
+    tl.store(out + index, place, mask=index < batches * rows * blocks)
 
 
-@pytest.mark.parametrize("rows, blocks", [(3, 1), (130, 6), (200, 8)])
-def test_kernels_find_each_scale_where_it_is(device: torch.device, rows: int, blocks: int) -> None:
-    scales = torch.randint(1, 256, (rows, blocks), dtype=torch.uint8, device=device)
-    places = torch.empty(rows, blocks, dtype=torch.int32, device=device)
-    place_kernel[(1,)](places, rows, blocks, SIZE=2048)
+@pytest.mark.parametrize("shape", [(1, 3, 1), (1, 130, 6), (1, 200, 8), (3, 130, 5)])
+def test_kernels_find_each_scale_where_it_is(device: torch.device, shape: tuple[int, int, int]) -> None:
+    scales = torch.randint(1, 256, shape, dtype=torch.uint8, device=device)
+    places = torch.empty(shape, dtype=torch.int32, device=device)
+    place_kernel[(1,)](places, *shape, SIZE=2048)
     assert torch.equal(scale_layout.swizzle(scales).flatten()[places.long()], scales)
 
 

@@ -218,7 +218,7 @@ MICRO_BATCHES = 3
 def gpu_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The kernels that are tested, which are a GPU's in the interpreter too; and no graph that was compiled before."""
     table = targets.kernel_table(TARGETS["sm_90"] if operations.INTERPRETED else targets.resolve("auto", device))
-    monkeypatch.setattr(targets, "kernel_table", lambda target: table)
+    monkeypatch.setattr(targets, "kernel_table", lambda target, product: table)
     monkeypatch.setattr(backend.GraphPass, "uuid", lambda self: None)
     monkeypatch.setattr(cached_weight, "CACHE", CACHE)
     torch._dynamo.reset()

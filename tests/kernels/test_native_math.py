@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from nvfp4c import numerics
-from nvfp4c.codegen import block_scaled_gemm, native_math
+from nvfp4c.codegen import block_scaled_gemm, chips, native_math
 from nvfp4c.formats import E2M1_MAX
 
 INTERPRETED = bool(block_scaled_gemm.INTERPRETED)
-HERE = "sm_{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() and not INTERPRETED else "cpu"
+HERE = chips.conversions(torch.cuda.get_device_capability()) if torch.cuda.is_available() and not INTERPRETED else 0
 GAPS = [(0.0, 0.5), (0.5, 1.0), (1.0, 1.5), (1.5, 2.0), (2.0, 3.0), (3.0, 4.0), (4.0, 6.0)]
 
 nearest_words = native_math.nearest_words
@@ -116,7 +116,7 @@ def raise_kernel(x, out, SIZE: tl.constexpr):
 def nearest_kernel(x, words, BLOCKS: tl.constexpr):
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
     y = tl.load(x + block[:, :, None] * 16 + tl.arange(0, 16)[None, None, :])
-    tl.store(words + block[:, :, None] * 2 + tl.arange(0, 2)[None, None, :], nearest_words(y))
+    tl.store(words + block[:, :, None] * 2 + tl.arange(0, 2)[None, None, :], nearest_words(y, 3))
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def stochastic_kernel(x, random, words, BLOCKS: tl.constexpr):
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
     y = tl.load(x + block[:, :, None] * 16 + tl.arange(0, 16)[None, None, :])
     first = random + block * 4
-    found = stochastic_words(y, tl.load(first), tl.load(first + 1), tl.load(first + 2), tl.load(first + 3))
+    found = stochastic_words(y, tl.load(first), tl.load(first + 1), tl.load(first + 2), tl.load(first + 3), 3)
     tl.store(words + block[:, :, None] * 2 + tl.arange(0, 2)[None, None, :], found)
 
 
@@ -154,13 +154,13 @@ def test_the_preparation_is_the_modelled_one(device: torch.device) -> None:
     assert torch.equal(found[number].view(torch.int32), expected[number].view(torch.int32))
 
 
-@pytest.mark.skipif(HERE not in native_math.NEAREST_TARGETS, reason="needs a GPU that converts to E2M1")
+@pytest.mark.skipif(HERE < chips.NEAREST, reason="needs a GPU that converts to E2M1")
 def test_nearest_codes_on_a_gpu_that_has_them(device: torch.device) -> None:
     y = whole_tiles(inputs())
     assert torch.equal(packed(nearest_kernel, y, device), numerics.pack(numerics.encode_e2m1(y)))
 
 
-@pytest.mark.skipif(HERE not in native_math.STOCHASTIC_TARGETS, reason="needs a GPU that rounds stochastically")
+@pytest.mark.skipif(HERE < chips.STOCHASTIC, reason="needs a GPU that rounds stochastically")
 def test_stochastic_codes_on_a_gpu_that_has_them(device: torch.device) -> None:
     y = whole_tiles(inputs()).repeat(16)
     octets = torch.randint(0, 256, y.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,7 @@ from nvfp4c import dialect
 from nvfp4c.codegen import operations
 from nvfp4c.codegen.emit import Tile
 from nvfp4c.formats import DEFAULT_SIGNS, QUANTIZABLE_DTYPES, ROW_BLOCK, TILE_BLOCK, signs_from_seed
-from nvfp4c.region import Axis, Form, Output, Region, evaluate
+from nvfp4c.region import Axis, Form, Layout, Output, Region, evaluate
 
 LAYOUTS = ("rows", "columns", "strided", "repeated")
 SPECIAL_VALUES = (0.0, -0.0, 1e-45, -3e-42, 2.0**-126, 6e4, -6e4, 3e38, torch.nan, torch.inf, -torch.inf)
@@ -33,13 +33,24 @@ ROWS = (
     Output(Form.OPERAND, rounding="stochastic", signs=DEFAULT_SIGNS, stream=1),
     Output(Form.PACKED, block=TILE_BLOCK, rounding="stochastic", signs=signs_from_seed(1), stream=2),
 )
+NATIVE = (
+    Output(Form.PACKED, layout=Layout.NATIVE),
+    Output(Form.PACKED, block=TILE_BLOCK, layout=Layout.NATIVE),
+    Output(Form.PACKED, rounding="stochastic", signs=DEFAULT_SIGNS, stream=2, amax=1, layout=Layout.NATIVE),
+)
 COLUMNS = tuple(Output(**{**vars(output), "axis": Axis.COLUMNS}) for output in ROWS)
 TRAINING = (
     Output(Form.OPERAND),
     Output(Form.PACKED, Axis.COLUMNS, signs=DEFAULT_SIGNS, amax=1),
     Output(Form.OPERAND, Axis.COLUMNS, rounding="stochastic", signs=DEFAULT_SIGNS, amax=1, stream=3),
 )
-REGIONS = {"rows": Region(ROWS), "columns": Region(COLUMNS), "training": Region(TRAINING)}
+NATIVE_COLUMNS = tuple(Output(**{**vars(output), "axis": Axis.COLUMNS}) for output in NATIVE)
+REGIONS = {
+    "rows": Region(ROWS),
+    "columns": Region(COLUMNS),
+    "training": Region(TRAINING),
+    "native": Region((*NATIVE, *NATIVE_COLUMNS)),
+}
 EVERY_REGION = pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS)
 
 
@@ -134,6 +145,7 @@ OUTPUTS = st.one_of(
         st.none() | ANY_SIGNS,
         st.integers(0, 1),
         st.integers(0, 40),
+        layout=st.sampled_from(Layout),
     ),
 )
 

@@ -188,7 +188,7 @@ def test_a_compiled_step(device: torch.device, table: dialect.KernelTable, monke
 
     monkeypatch.setattr(operations, "run", watched)
     with monkeypatch.context() as patch:
-        patch.setattr(targets, "kernel_table", lambda target: table)
+        patch.setattr(targets, "kernel_table", lambda target, product: table)
         found = step(model, x, tangent)
     # Two operands of each of six products, but that a matrix is not quantised twice where once will do.
     assert set(seen) == {Form.AMAX, Form.OPERAND, Form.PACKED, Form.VALUE} and len(seen) > 12
