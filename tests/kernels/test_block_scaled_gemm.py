@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import loops_run
 from torch import Tensor
-from triton.runtime.errors import InterpreterError
 
 from nvfp4c import dialect, numerics, scale_layout
 from nvfp4c.codegen import block_scaled_gemm, kernels
@@ -18,23 +18,6 @@ from nvfp4c.formats import QUANTIZABLE_DTYPES, block_count
 
 INTERPRETED = bool(block_scaled_gemm.INTERPRETED)
 swizzled_place = kernels.swizzled_place
-
-
-@triton.jit
-def loop_kernel(out, count):
-    for index in tl.range(0, count):
-        tl.store(out + index, index)
-
-
-def loops_run() -> bool:
-    """Triton 3.6's interpreter takes a loop's bound from an array in a way that NumPy 2.4 no longer allows."""
-    if not INTERPRETED:
-        return True
-    try:
-        loop_kernel[(1,)](torch.empty(2, dtype=torch.int32), 2)
-    except InterpreterError:
-        return False
-    return True
 
 
 pytestmark = pytest.mark.skipif(not loops_run(), reason="this Triton's interpreter cannot loop with this NumPy")

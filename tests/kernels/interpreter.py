@@ -1,0 +1,26 @@
+# mypy: allow-untyped-defs
+"""What Triton's interpreter, where it is used, can do."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.errors import InterpreterError
+
+
+@triton.jit
+def loop_kernel(out, count):
+    for index in tl.range(0, count):
+        tl.store(out + index, index)
+
+
+def loops_run() -> bool:
+    """Triton 3.6's interpreter takes a loop's bound from an array in a way that NumPy 2.4 no longer allows."""
+    if not triton.knobs.runtime.interpret:
+        return True
+    try:
+        loop_kernel[(1,)](torch.empty(2, dtype=torch.int32), 2)
+    except InterpreterError:
+        return False
+    return True
