@@ -13,11 +13,14 @@ import torch
 triton = pytest.importorskip("triton", reason="no triton for this system")
 
 import triton.language as tl  # noqa: E402
+from test_kernels import assembled, check  # noqa: E402
 
 from nvfp4c.codegen import block_scaled_gemm, chips, native_math  # noqa: E402
 from nvfp4c.codegen.assembly import assemble  # noqa: E402
 from nvfp4c.codegen.block_scaled_gemm import TILES, assemble_emulated_gemm, assemble_gemm  # noqa: E402
 from nvfp4c.errors import TargetError  # noqa: E402
+from nvfp4c.formats import DEFAULT_SIGNS, ROW_BLOCK, TILE_BLOCK  # noqa: E402
+from nvfp4c.region import Axis, Form, Layout, Output, Region  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(block_scaled_gemm.INTERPRETED), reason="compiles, which the interpreter does not")
 
@@ -73,6 +76,47 @@ def stochastic_kernel(y, random, words):
     first = random + block * 4
     found = stochastic_words(values, tl.load(first), tl.load(first + 1), tl.load(first + 2), tl.load(first + 3), 3)
     tl.store(words + block[:, :, None] * 2 + tl.arange(0, 2)[None, None, :], found)
+
+
+NATIVE = {"layout": Layout.NATIVE}
+REGIONS = {
+    "input": Region(
+        (
+            Output(Form.PACKED, **NATIVE),
+            Output(Form.PACKED, Axis.COLUMNS, signs=DEFAULT_SIGNS, amax=1, **NATIVE),
+        )
+    ),
+    "gradient": Region(
+        (
+            Output(Form.PACKED, rounding="stochastic", **NATIVE),
+            Output(Form.PACKED, Axis.COLUMNS, ROW_BLOCK, "stochastic", DEFAULT_SIGNS, 1, 1, **NATIVE),
+        )
+    ),
+    "weight": Region((Output(Form.PACKED, block=TILE_BLOCK, **NATIVE),)),
+    "weight, transposed": Region((Output(Form.PACKED, Axis.COLUMNS, TILE_BLOCK, **NATIVE),)),
+}
+"""What a training step computes from each of its matrices where products read packed operands."""
+
+
+@pytest.mark.parametrize("target", TILES)
+@pytest.mark.parametrize("name", REGIONS)
+def test_regions_convert_natively(name: str, target: str) -> None:
+    """And store codes of columns, which are turned, eight bytes at a time, four neighbours a sector."""
+    found = assembled(REGIONS[name], target)
+    check(found)
+    stochastic = name == "gradient"
+    native = not stochastic or chips.TARGETS[target].conversions >= chips.STOCHASTIC
+    instruction = "cvt.rs.satfinite.e2m1x4.f32" if stochastic else "cvt.rn.satfinite.e2m1x2.f32"
+    assert found.conversions == ({instruction} if native else set())
+    assert "cvt.rn.satfinite.e4m3x2.f32" in found.ptx
+    turned = any(output.down for output in REGIONS[name].outputs)
+    assert ("st.global.b64" in found.ptx) == turned
+    assert "st.global.b8" not in found.ptx, "scales are stored one by one"
+
+
+def test_regions_of_sizes_that_do_not_fit() -> None:
+    for region in REGIONS.values():
+        check(assembled(region, "sm_100", even=False))
 
 
 TYPES = {"y": "*fp32", "random": "*i32", "words": "*i32"}
