@@ -57,7 +57,7 @@ def kernel_plan(task: Task, options: Options, target: str) -> list[KernelRow]:
         valid = tuple(cost.MACHINES)
         raise OptionError(f"there is no GPU target {target!r}; {nearest(target, valid)} (valid: {', '.join(valid)})")
     return [
-        _row(half, node, target) if node.target is REGION else _weight_row(half, node)
+        row_of(half, node, target) if node.target is REGION else _weight_row(half, node)
         for half in fused_graphs(task, options, target)
         for node in half.graph.nodes
         if node.target in (REGION, WEIGHT)
@@ -74,7 +74,8 @@ def _weight_row(half: Half, node: fx.Node) -> KernelRow:
     return KernelRow(half.title, computes, (), (_shape(weight),), bytes_moved, sites(half, node), "", ())
 
 
-def _row(half: Half, node: fx.Node, target: str) -> KernelRow:
+def row_of(half: Half, node: fx.Node, target: str) -> KernelRow:
+    """What is predicted of a region."""
     inputs = [one.meta["val"] for one in arguments(node)[0]]
     region = Region.from_json(arguments(node)[3])
     fusion: Fusion | None = node.meta.get(FUSION)

@@ -433,6 +433,15 @@ def test_the_commit_is_of_the_checkout_that_tracks_the_file(monkeypatch, tmp_pat
     assert environment.commit() == "not in a git checkout"
 
 
+# Regions
+
+
+def test_a_device_without_regions_is_told_so():
+    found = CliRunner().invoke(app, ["bench", "regions", "--size", "tiny", "--device", "cpu"])
+    assert found.exit_code != 0
+    assert "has no regions to time" in str(found.exception) + found.output
+
+
 # The page of results
 
 

@@ -28,7 +28,7 @@ def report(folder: Path) -> str:
     parts = [OPENING]
     for path in sorted(folder.glob("bench-*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
-        tables = _train(data) if path.stem.startswith("bench-train") else _kernels(data)
+        tables = {"train": _train, "kernels": _kernels, "regions": _regions}[path.stem.split("-")[1]](data)
         about = data["about"]
         versions = f"torch {about['torch']}" + (f", Triton {about['triton']}" if about.get("triton") else "")
         parts.append(f"## {_title(path.stem, data)}\n\n{about['device']}; {versions}; commit {about['commit'][:7]};")
@@ -38,8 +38,10 @@ def report(folder: Path) -> str:
 
 
 def _title(stem: str, data: dict[str, Any]) -> str:
-    if not stem.startswith("bench-train"):
+    if stem.startswith("bench-kernels"):
         return "Kernels"
+    if stem.startswith("bench-regions"):
+        return f"Regions of a training step, {data['settings']['size']['name']}: predicted and measured bytes"
     size, settings = data["settings"]["size"], data["settings"]
     steps = settings.get("steps_in_a_row", 1)
     shape = f"{size['blocks']} blocks, width {size['width']}, MLP {size['hidden']}, {settings['tokens']} tokens"
@@ -73,6 +75,25 @@ def _kernels(data: dict[str, Any]) -> Iterator[str]:
             for case in shape["cases"]
         ]
         yield _table(rows)
+
+
+def _regions(data: dict[str, Any]) -> Iterator[str]:
+    rows = [("region", "launches", "us", "predicted MB", "measured MB", "measured / predicted")]
+    for one in data["results"]:
+        made = f" of {', '.join(one['operations'])}" if one["operations"] and one["decision"] != "apart" else ""
+        predicted, measured = one["bytes"] / 1e6, one["measured_bytes"] / 1e6
+        rows.append(
+            (
+                f"{one['computes']}{made}; reads {', '.join(one['reads'])}",
+                str(one["launches"]),
+                f"{one['median_seconds'] * 1e6:,.1f}",
+                f"{predicted:,.1f}",
+                f"{measured:,.1f}",
+                f"{one['measured_over_predicted']:.2f}",
+            )
+        )
+    yield _table(rows)
+    yield "Measured: what a copy moves in the same time. Predicted: each input once and each output once.\n"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -18,6 +18,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from nvfp4c.bench.kernels import ShapeResult, Timed
     from nvfp4c.bench.record import Record
+    from nvfp4c.bench.step_regions import Measured
     from nvfp4c.bench.timing import Watch
     from nvfp4c.bench.train import TrainResult
 
@@ -135,6 +136,40 @@ def train(
     _tell(record, [train_table(result, title)], as_json, out)
 
 
+@bench.command()
+def regions(
+    size: Annotated[str, typer.Option(help="tiny, small, medium or large.")] = "large",
+    rounds: Rounds = None,
+    device: Device = "auto",
+    commit: Commit = None,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Time what a training step reduces and quantises, kernel by kernel, against the bytes that were predicted."""
+    from dataclasses import asdict
+
+    from nvfp4c.bench import step_regions as measurement
+    from nvfp4c.bench.kernel_cases import INPUT_DTYPE
+    from nvfp4c.bench.llama import size_named
+    from nvfp4c.bench.record import Record, about
+    from nvfp4c.quickstart.results import prepared
+    from nvfp4c.quickstart.train import choose_device
+
+    device, sized = choose_device(device), size_named(size)
+    rounds = rounds or measurement.ROUNDS[device]
+    if out:
+        prepared(out)
+    with progress() as watch:
+        found = measurement.measure(sized, device, INPUT_DTYPE[device], rounds, watch)
+    record = Record(
+        f"bench-regions-{device}-{sized.name}",
+        about(device, _command(), commit),
+        {"size": asdict(sized), "rounds": rounds},
+        [one.to_dict() for one in found],
+    )
+    _tell(record, [regions_table(found, sized.name)], as_json, out)
+
+
 @contextmanager
 def progress() -> Iterator[Watch]:
     """A bar on standard error for what is being done; where that is no terminal, a line for each new thing."""
@@ -165,6 +200,22 @@ def kernel_table(result: ShapeResult) -> Table:
         share = f"{timed.ratio:.2f} {timed.case.ceiling.value}"
         style = "dim" if timed.case.reference else None
         table.add_row(name, microseconds, f"{timed.samples.spread:.0%}", _rate(timed), share, style=style)
+    return table
+
+
+def regions_table(found: Sequence[Measured], title: str) -> Table:
+    """A line for each kind of region: bytes that were predicted, and bytes that a copy moves in the time it took."""
+    table = _table(f"{title}: regions of a step", ("computes", "launches", "us", "+-", "predicted MB", "measured MB"))
+    for one in found:
+        made = f" of {', '.join(one.row.operations)}" if one.row.operations and one.row.decision != "apart" else ""
+        table.add_row(
+            f"{one.row.computes}{made}; reads {', '.join(one.row.reads)}",
+            str(one.launches),
+            f"{one.samples.median * 1e6:,.1f}",
+            f"{one.samples.spread:.0%}",
+            f"{one.row.bytes / 1e6:,.1f}",
+            f"{one.worth / 1e6:,.1f}",
+        )
     return table
 
 
