@@ -69,13 +69,20 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
 """What a step can be, by its name. "to" only rounds to the step's dtype."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """One operation. dtype: of its result, "bool" for a comparison."""
 
     operation: str
     arguments: tuple[Argument, ...]
     dtype: str
+
+    # Python has 2 == 2.0, but the value at place 2 is no constant; and 0.0 == -0.0.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Step) and repr(self) == repr(other)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
 
 
 @dataclass(frozen=True)
@@ -97,8 +104,15 @@ class Prologue:
     def evaluate(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The matrices. inputs: of the shapes that their kinds say, the first [.., M, K]."""
         values = list(inputs)
+
+        def value(given: Argument, first: bool) -> Tensor | float:
+            if isinstance(given, int):
+                return _float32(values[given])
+            # Most functions want a tensor first.
+            return torch.tensor(given, dtype=torch.float32, device=inputs[0].device) if first else given
+
         for step in self.steps:
-            given = [_float32(values[one]) if isinstance(one, int) else one for one in step.arguments]
+            given = [value(one, place == 0) for place, one in enumerate(step.arguments)]
             values.append(OPERATIONS[step.operation](*given).to(getattr(torch, step.dtype)))
         return [values[place].expand(inputs[0].shape) for place in self.results]
 

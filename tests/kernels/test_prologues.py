@@ -234,3 +234,22 @@ def test_any_prologue(device: torch.device, prologue: Prologue, rows: int, colum
     found = operations.run(launch, inputs, [amax.to(device)], None)
     for one, other in zip(found, evaluate(region, [x.cpu() for x in inputs], [amax], None), strict=True):
         assert torch.equal(bits(torch.nan_to_num(one)), bits(torch.nan_to_num(other)))
+
+
+def test_a_constant_is_no_place(device: torch.device) -> None:
+    """Python has 2 == 2.0, so kernels must not be remembered by that."""
+    x, y = torch.randn(16, 32, device=device), torch.randn(16, 32, device=device)
+    for last, expected in ((2, (x * y) * (x * y)), (2.0, (x * y) * 2.0)):
+        prologue = Prologue((FULL, FULL), (Step("mul", (0, 1), FP32), Step("mul", (2, last), FP32)), (3,))
+        region = Region((Output(Form.VALUE),), prologue)
+        (found,) = operations.REGION([x, y], [], None, region.to_json())
+        assert torch.equal(found, expected)
+
+
+def test_bools_become_numbers(device: torch.device) -> None:
+    """As a mask is multiplied."""
+    steps = (Step("gt", (0, 0.5), "bool"), Step("mul", (1, 0), BF16), Step("where", (1, 1.0, 0.0), BF16))
+    prologue = Prologue((FULL,), (*steps, Step("add", (2, 3), BF16)), (4,))
+    x = torch.randn(16, 32, device=device).bfloat16()
+    (found,) = operations.REGION([x], [], None, Region((Output(Form.VALUE),), prologue).to_json())
+    assert torch.equal(found, torch.where(x > 0.5, x + 1, 0))
