@@ -18,6 +18,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import pairwise
 
 import sympy
 import torch
@@ -94,12 +95,14 @@ def decide(produced: Produced, machine: Machine) -> Fusion:
 def _possible(produced: Produced) -> list[Way]:
     """The ways there are, the best of equals first.
 
-    Only a region that reads no amax of the matrix can come first. A matrix that others read too has to be written.
+    Only a region that reads no amax of the matrix can come first. A matrix that others read too has to be written, in
+    the order in which they expect it.
     """
     if any(arguments(readers[0])[1] for readers in produced.regions):
         return [Way.APART]
     once = len(produced.matrices) == 1 and not any(produced.kept)
-    return [Way.KEPT, *([Way.REPEATED] if once else []), Way.APART]
+    alike = all(one.meta["val"].is_contiguous() for one in (*produced.matrices, *produced.bases))
+    return [*([Way.KEPT] if alike else []), *([Way.REPEATED] if once else []), Way.APART]
 
 
 def _works(produced: Produced, way: Way) -> tuple[Work, ...]:
@@ -170,12 +173,18 @@ def _fits(produced: Produced) -> bool:
 
 
 def _is_view(x: torch.Tensor, shape: Sequence[int | torch.SymInt]) -> bool:
-    """Whether a tensor has another shape without a copy."""
-    try:
-        x.view(shape)
-    except RuntimeError:
-        return False
-    return True
+    """Whether a tensor has a shape with rows as long as its own without a copy.
+
+    Fake tensors would allow too much where an axis of size 1 stands between.
+    """
+    if list(map(str, x.shape)) == list(map(str, shape)):
+        return True
+    steps = [
+        (cost.extent(size) * cost.extent(stride), cost.extent(stride))
+        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+        if not (isinstance(size, int) and size == 1)
+    ]
+    return all(outer == whole for (_, outer), (whole, _) in pairwise(steps))
 
 
 @dataclass

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from nvfp4c import cost
 from nvfp4c.dialect import REGION, arguments, is_dialect
 from nvfp4c.formats import BLOCK, QUANTIZABLE_DTYPES
 from nvfp4c.prologue import Argument, Kind, Prologue, Step
@@ -58,6 +59,7 @@ OPERATIONS = {
     aten.where.self: "where",
     CAST: "to",
 }
+COMPARISONS = frozenset({"eq", "ge", "gt", "le", "lt"})
 POWERS = {2: "square", 3: "cube"}
 VIEWS = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.alias.default})
 
@@ -169,15 +171,19 @@ def _through_views(node: fx.Node) -> Iterator[fx.Node]:
             yield user
 
 
+def _as_large(node: fx.Node, reader: fx.Node) -> bool:
+    """Whether what reads a tensor gives as many elements: else the tensor is numbers of rows or columns to it."""
+    return cost.elements(node.meta["val"]) == cost.elements(reader.meta["val"])
+
+
 def _closure(graph: fx.Graph, roots: set[fx.Node]) -> set[fx.Node]:
     """The operations that can be taken in: roots, and what only they need."""
     inside: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node.op != "call_function" or not _is_computable(node):
             continue
-        readers = list(_through_views(node))
-        needed = any(reader in inside for reader in readers)
-        alone = needed and all(reader in inside for reader in readers)
+        inner = [reader in inside and _as_large(node, reader) for reader in _through_views(node)]
+        needed, alone = any(inner), bool(inner) and all(inner)
         if node in roots or alone or (needed and node.target is CAST):
             inside.add(node)
     return inside
@@ -192,10 +198,29 @@ def _is_computable(node: fx.Node) -> bool:
         return False
     if node.target is aten.pow.Tensor_Scalar:
         return arguments(node)[1] in POWERS and _kind(arguments(node)[0], x) is not None
-    if node.target not in OPERATIONS:
+    if node.target not in OPERATIONS or not _bools_fit(node, x):
         return False
     given = arguments(node)[:1] if node.target is CAST else arguments(node)
+    if len(given) > (3 if node.target is aten.where.self else 2):  # a factor of the other operand
+        return False
     return all(_constant(one) is not None or (isinstance(one, fx.Node) and _kind(one, x)) for one in given)
+
+
+def _bools_fit(node: fx.Node, x: Tensor) -> bool:
+    """Whether bools are only what kernels handle: comparisons give them, `where`, `mul` and casts read them."""
+    bools = [_is_bool(one) for one in arguments(node)]
+    if node.target is aten.where.self:
+        return bools == [True, False, False]
+    compares = OPERATIONS[node.target] in COMPARISONS  # type: ignore[index]
+    if compares is not (x.dtype is torch.bool):
+        return False
+    return node.target in (CAST, aten.mul.Tensor) or not any(bools)
+
+
+def _is_bool(given: object) -> bool:
+    """Whether an argument is a tensor of bools that is no constant."""
+    found = _value(given) if isinstance(given, fx.Node) and _constant(given) is None else None
+    return found is not None and found.dtype is torch.bool
 
 
 def _constant(given: object) -> float | None:
@@ -203,8 +228,9 @@ def _constant(given: object) -> float | None:
     if isinstance(given, (bool, int, float)):
         return float(given)
     if isinstance(given, fx.Node) and given.target is aten.full.default and not arguments(given)[0]:
-        number = arguments(given)[1]
-        return float(number) if isinstance(number, (bool, int, float)) else None
+        number, x = arguments(given)[1], _value(given)
+        if isinstance(number, (bool, int, float)) and x is not None:
+            return float(torch.tensor(number, dtype=x.dtype))
     return None
 
 
@@ -240,7 +266,7 @@ def _components(inside: set[fx.Node], roots: set[fx.Node]) -> Iterator[set[fx.No
     neighbours: dict[fx.Node, set[fx.Node]] = defaultdict(set)
     for node in inside:
         for operand in map(_base, _operands(node)):
-            if operand in inside:
+            if operand in inside and _as_large(operand, node):
                 neighbours[node].add(operand)
                 neighbours[operand].add(node)
     seen: set[fx.Node] = set()
@@ -315,6 +341,8 @@ def _step(node: fx.Node, places: dict[fx.Node, int]) -> Step:
     if node.target is aten.pow.Tensor_Scalar:
         return Step(POWERS[arguments(node)[1]], (place(arguments(node)[0]),), dtype)
     given = arguments(node)[:1] if node.target is CAST else arguments(node)
+    if node.target is CAST and _is_bool(given[0]):
+        return Step("where", (place(given[0]), 1.0, 0.0), dtype)
     return Step(OPERATIONS[node.target], tuple(map(place, given)), dtype)  # type: ignore[index]
 
 

@@ -271,3 +271,53 @@ def test_symbolic_sizes() -> None:
     for tokens in (17, 64):
         inputs = example_inputs(graph, symbol=tokens)
         assert same_bits(run_exactly(copied(graph), *inputs), run_exactly(copied(before), *inputs))
+
+
+def transposed_in_memory(*shape: int) -> Tensor:
+    return torch.randn(shape).mT.contiguous().mT
+
+
+CHANGES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], list[Way]]] = {
+    "a constant first": (
+        lambda x: quantised(aten.maximum(aten.full([], 0.25), aten.sub(1, x))),
+        (bf16(40, 32),),
+        [Way.REPEATED] * 2,
+    ),
+    "a constant that its own type rounds": (
+        lambda x: quantised(aten.add(x, aten.full([], 0.1, dtype=torch.bfloat16))),
+        (torch.randn(40, 32),),
+        [Way.REPEATED] * 2,
+    ),
+    "numbers of rows and columns, computed for the matrix alone": (
+        lambda x, y, w: quantised(aten.mul(aten.mul(x, aten.exp(aten.mean(y, [-1], True))), aten.exp(w))),
+        (torch.randn(40, 32), torch.randn(40, 32), torch.randn(1, 32)),
+        [Way.REPEATED] * 2,
+    ),
+    "a factor of the second operand": (lambda x: quantised(aten.add.Scalar(x, 2.0, 3.0)), (bf16(40, 32),), []),
+    "a sum of bools": (
+        lambda x: quantised(torch.ops.prims.convert_element_type(aten.add(aten.gt(x, 0), aten.gt(x, 1)), x.dtype)),
+        (bf16(40, 32),),
+        [],
+    ),
+    "a matrix that others read transposed": (
+        lambda x: (quantised(y := aten.relu(x)), aten.view(turned(y), [40 * 32])),
+        (transposed_in_memory(40, 32),),
+        [Way.APART],
+    ),
+    "axes that are no view, beside one of size 1": (
+        lambda x, y: quantised(aten.view(aten.add(x, y), [6, 32])),
+        (torch.randn(2, 1, 3, 32), transposed_in_memory(2, 1, 3, 32)),
+        [],
+    ),
+    "axes that are no view": (
+        lambda x, y: quantised(aten.view(aten.add(x, y), [6, 32])),
+        (torch.randn(2, 3, 32), transposed_in_memory(2, 3, 32)),
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize(("source", "inputs", "ways"), CHANGES.values(), ids=CHANGES)
+def test_what_is_rare(source: Callable[..., Any], inputs: tuple[Tensor, ...], ways: list[Way]) -> None:
+    graph = absorbed(trace(source, *inputs), inputs=list(inputs))
+    assert [fusion.way for fusion in fusions(graph)] == ways
