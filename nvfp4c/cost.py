@@ -118,6 +118,10 @@ def seconds(kernels: Sequence[Work], machine: Machine) -> sympy.Expr:
     )
 
 
+UNKNOWN_SIZE = 8192
+"""What a size is taken for that depends on data, so that no example is known: Inductor's choice too."""
+
+
 def at_example_sizes(expression: sympy.Expr, like: Iterable[Tensor]) -> float:
     """The value of an expression for the sizes that a graph was captured with. like: tensors with its symbols."""
     hints: dict[sympy.Symbol, int] = {}
@@ -126,5 +130,6 @@ def at_example_sizes(expression: sympy.Expr, like: Iterable[Tensor]) -> float:
             if isinstance(one, torch.SymInt):
                 environment = one.node.shape_env
                 for symbol in one.node.expr.free_symbols:
-                    hints[symbol] = int(environment.size_hint(symbol))
+                    hint = environment.size_hint(symbol, allow_none=True)
+                    hints[symbol] = UNKNOWN_SIZE if hint is None else int(hint)
     return float(expression.subs(hints))

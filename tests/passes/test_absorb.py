@@ -321,3 +321,19 @@ CHANGES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], list[Way]]] = {
 def test_what_is_rare(source: Callable[..., Any], inputs: tuple[Tensor, ...], ways: list[Way]) -> None:
     graph = absorbed(trace(source, *inputs), inputs=list(inputs))
     assert [fusion.way for fusion in fusions(graph)] == ways
+
+
+def test_a_size_that_depends_on_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no example, and the same graph serves every size."""
+    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block(32, 64).bfloat16()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x[x[:, 0] > 0])
+
+    graph = run_until(captured(Chosen(), bf16(24, 32), train=False), "place", ALL)
+    assert fusions(absorbed(graph))
