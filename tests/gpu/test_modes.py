@@ -41,8 +41,11 @@ def accumulated(mode: str, weight_cache: bool) -> list[Tensor]:
     compiled = torch.compile(model, backend="nvfp4", options=options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     found = []
+    for parameter in model.parameters():
+        # Else the first gradients are a CUDA graph's own memory, which its next replay writes over.
+        parameter.grad = torch.zeros_like(parameter)
     for _ in range(3):
-        model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=False)
         for _ in range(3):
             torch.compiler.cudagraph_mark_step_begin()
             x = torch.randn(72, 96, device="cuda", dtype=torch.bfloat16)

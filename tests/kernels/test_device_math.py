@@ -12,12 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from nvfp4c import numerics, philox
-from nvfp4c.codegen import device_math, operations
+from nvfp4c.codegen import chips, device_math, operations
 from nvfp4c.formats import BLOCK, DEFAULT_SIGNS, E2M1_MAX, E4M3_MAX, FP32_MAX, ROW_BLOCK, signs_from_seed
 
 SIZE = 1024
 
-HAS_E4M3 = not operations.INTERPRETED and torch.cuda.get_device_capability() >= operations.E4M3_CAPABILITY
+HAS_E4M3 = not operations.INTERPRETED and chips.conversions(torch.cuda.get_device_capability()) >= chips.E4M3
 NATIVE = [False, True] if HAS_E4M3 else [False]
 """Whether E4M3 bytes are made by the chip's own conversion."""
 
