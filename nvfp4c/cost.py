@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -128,8 +129,14 @@ def at_example_sizes(expression: sympy.Expr, like: Iterable[Tensor]) -> float:
     for x in like:
         for one in x.shape:
             if isinstance(one, torch.SymInt):
-                environment = one.node.shape_env
                 for symbol in one.node.expr.free_symbols:
-                    hint = environment.size_hint(symbol, allow_none=True)
-                    hints[symbol] = UNKNOWN_SIZE if hint is None else int(hint)
+                    hints[symbol] = _example(one.node.shape_env, symbol)
     return float(expression.subs(hints))
+
+
+def _example(environment: Any, symbol: sympy.Symbol) -> int:
+    """The size that a graph was captured with."""
+    if hasattr(environment, "optimization_hint"):
+        return int(environment.optimization_hint(symbol, fallback=UNKNOWN_SIZE))
+    hint = environment.size_hint(symbol, allow_none=True)  # torch 2.12 and older
+    return UNKNOWN_SIZE if hint is None else int(hint)

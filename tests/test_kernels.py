@@ -23,6 +23,7 @@ triton = pytest.importorskip("triton", reason="no triton for this system")
 from nvfp4c.codegen import chips, kernels  # noqa: E402
 from nvfp4c.codegen.assembly import Assembly, assemble  # noqa: E402
 from nvfp4c.codegen.emit import CONSTANTS, emit  # noqa: E402
+from nvfp4c.codegen.expressions import TEMPLATES  # noqa: E402
 from nvfp4c.codegen.operations import (  # noqa: E402
     INTERPRETED,
     LOAD_BYTES,
@@ -186,6 +187,26 @@ def test_sizes_that_do_not_fit(region: Region) -> None:
 @pytest.mark.parametrize("region", PROLOGUES.values(), ids=PROLOGUES)
 def test_prologues(region: Region, target: str, even: bool) -> None:
     assert assembled(region, target, even=even).spills == 0
+
+
+@compiles
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_every_operation_of_a_prologue_compiles(target: str) -> None:
+    """One after the other in one kernel, each of the last result and of the input."""
+    steps: list[Step] = []
+    last = 0
+    for operation, template in TEMPLATES.items():
+        compares = operation in ("eq", "ge", "gt", "le", "lt")
+        if operation == "where":
+            continue
+        given = (last, 0)[: 1 + ("{}, {}" in template or template.count("{}") == 2)]
+        steps.append(Step(operation, given, "bool" if compares else "float32"))
+        if compares:
+            steps.append(Step("where", (len(steps), last, 0.5), "bfloat16"))
+        last = len(steps)
+    assert {step.operation for step in steps} == set(TEMPLATES)
+    region = Region((Output(Form.VALUE),), Prologue((FULL,), (*steps, Step("to", (last,), "bfloat16")), (last + 1,)))
+    assert assembled(region, target).spills == 0
 
 
 @compiles
