@@ -323,9 +323,9 @@ def test_what_is_rare(source: Callable[..., Any], inputs: tuple[Tensor, ...], wa
     assert [fusion.way for fusion in fusions(graph)] == ways
 
 
-def test_a_size_that_depends_on_data(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_a_size_that_depends_on_data() -> None:
     """It has no example, and the same graph serves every size."""
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
 
     class Chosen(nn.Module):
         def __init__(self) -> None:
