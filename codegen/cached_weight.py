@@ -13,11 +13,10 @@ from torch import Tensor
 
 from nvfp4c import dialect
 from nvfp4c.codegen import operations
+from nvfp4c.codegen.operations import DISPATCH_KEYS, LIBRARY
 from nvfp4c.formats import padded
 from nvfp4c.region import Form, Output, Region, reduction
 from nvfp4c.weight_cache import CACHE, Packed, cacheable
-
-LIBRARY = torch.library.Library("nvfp4_triton", "FRAGMENT")
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def _unpacked(packed: Packed, output: Output, shape: torch.Size) -> Tensor:
 
 
 LIBRARY.define(operations.schema(dialect.WEIGHT), tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
-for _key in operations.DISPATCH_KEYS:
+for _key in DISPATCH_KEYS:
     LIBRARY.impl("weight", weight, _key)
 torch.library.register_fake("nvfp4_triton::weight", dialect.WEIGHT, lib=LIBRARY)
 

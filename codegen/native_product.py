@@ -19,7 +19,7 @@ from nvfp4c import dialect
 from nvfp4c.codegen import block_scaled_gemm, chips
 from nvfp4c.codegen.block_scaled_gemm import EMULATED_TILE, TILES, GemmTile
 from nvfp4c.codegen.launching import INTERPRETED
-from nvfp4c.codegen.operations import DISPATCH_KEYS, LIBRARY
+from nvfp4c.codegen.operations import DISPATCH_KEYS, LIBRARY, and_bias
 from nvfp4c.numerics import global_factor
 
 LIBRARY_BYTES = 16
@@ -129,7 +129,7 @@ def by_triton(
     vector = bias is not None and bias.dim() == 1 and statically_known_true(bias.shape[0] == b_codes.shape[-2])
     if bias is None or vector:
         return BLOCK_SCALED_MM(*operands, None if bias is None else bias.contiguous(), out_dtype)
-    return (BLOCK_SCALED_MM(*operands, None, torch.float32) + bias.float()).to(out_dtype)
+    return and_bias(BLOCK_SCALED_MM(*operands, None, torch.float32), bias, out_dtype)
 
 
 def by_library(
@@ -146,4 +146,4 @@ def by_library(
     operands = a_codes, a_scales, a_amax, b_codes, b_scales, b_amax
     if bias is None:
         return LIBRARY_MM(*operands, out_dtype)
-    return (LIBRARY_MM(*operands, torch.float32) + bias.float()).to(out_dtype)
+    return and_bias(LIBRARY_MM(*operands, torch.float32), bias, out_dtype)

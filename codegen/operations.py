@@ -200,12 +200,17 @@ def product(a: Tensor, b: Tensor, factors: Tensor, bias: Tensor | None, out_dtyp
     with on_device_of(a):
         found = None if INTERPRETED else cublas.product(a, b, factors, bias, out_dtype)
         if found is None and bias is not None:
-            return (product(a, b, factors, None, torch.float32) + bias.float()).to(out_dtype)
+            return and_bias(product(a, b, factors, None, torch.float32), bias, out_dtype)
     if found is None:
         multiply = torch.mm if a.dim() == 2 else torch.bmm
         exact = multiply(a.float(), b.mT.float()) if INTERPRETED else multiply(a, b.mT, out_dtype=torch.float32)
         found = (exact * factors[0]).to(out_dtype)
     return found
+
+
+def and_bias(product: Tensor, bias: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """What is left of the epilogue where the kernel did not add the bias: in float32, before the one rounding."""
+    return (product + bias.float()).to(out_dtype)
 
 
 def _fake_product(a: Tensor, b: Tensor, factors: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:

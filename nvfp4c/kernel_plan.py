@@ -47,6 +47,15 @@ class KernelRow:
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
+    def __str__(self) -> str:
+        return described(self.computes, self.operations, self.decision, self.reads)
+
+
+def described(computes: str, operations: Sequence[str], decision: str, reads: Sequence[str]) -> str:
+    """A row in words: what a region gives, what it computes that from if it does so itself, and what it reads."""
+    made = f" of {', '.join(operations)}" if operations and decision != Way.APART.value else ""
+    return f"{computes}{made}; reads {', '.join(reads)}"
+
 
 def kernel_plan(task: Task, options: Options, target: str) -> list[KernelRow]:
     """A row for each region of the graphs of a task, in order; sizes at their example values.

@@ -115,6 +115,10 @@ class Region:
 
     def to_json(self) -> str:
         """Plain data. A matrix that is given as it is needs no mention."""
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         given = {} if self.prologue.is_identity else {"prologue": self.prologue.to_dict()}
         return json.dumps({"outputs": [asdict(output) for output in self.outputs], **given})
 

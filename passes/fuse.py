@@ -48,6 +48,7 @@ from nvfp4c.dialect import (
     arguments,
 )
 from nvfp4c.formats import GLOBAL_MAX
+from nvfp4c.passes import fold_hadamard
 from nvfp4c.passes.graph_edit import arrangement_base, insert, swap_order, swapped
 from nvfp4c.region import Axis, Form, Layout, Output, Region
 
@@ -59,7 +60,7 @@ PRODUCTS = (SCALED_MM, DEQUANTIZE)
 DEFAULTS: tuple[Any, ...] = (None, None, 0, Layout.LINEAR.value)
 """Signs, seed, stream and layout of a quantisation that does not name them."""
 
-SIGNS_PLACE = {HADAMARD: 1, AMAX: 1, QUANTIZE: 4}
+SIGNS_PLACE = {HADAMARD: 1, **fold_hadamard.SIGNS_PLACE}
 
 
 def fuse(graph: fx.Graph) -> fx.Graph:

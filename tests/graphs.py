@@ -49,6 +49,16 @@ def trace(function: Callable[..., Any], *inputs: Tensor | int) -> fx.Graph:
     return graph
 
 
+def bf16(*shape: int) -> Tensor:
+    """A random matrix, for `trace`."""
+    return torch.randn(shape).bfloat16()
+
+
+def turned(x: Tensor) -> Tensor:
+    """The transpose of each matrix, as one node."""
+    return aten.permute(x, [*range(x.dim() - 2), x.dim() - 1, x.dim() - 2])
+
+
 def text(graph: fx.Graph) -> str:
     """One line a node, in order. Nodes are numbered by operation, so equal graphs print equally whatever the names."""
     names: dict[fx.Node, str] = {}
@@ -114,6 +124,11 @@ def _prologue(prologue: Prologue) -> str:
         for place, step in enumerate(prologue.steps, len(prologue.inputs))
     )
     return f"{inputs}: {steps} -> {', '.join(map(str, prologue.results))}"
+
+
+def regions(graph: fx.Graph) -> list[str]:
+    """The regions of a graph, in order: what each of them reads and what it gives."""
+    return [line.partition("nvfp4.region")[2] for line in text(graph).splitlines() if "nvfp4.region(" in line]
 
 
 def copied(graph: fx.Graph) -> fx.Graph:

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from nvfp4c import numerics
-from nvfp4c.formats import BLOCK, DEFAULT_SIGNS, GLOBAL_MAX, HADAMARD_NORM, ROW_BLOCK, TILE_BLOCK, block_count, padded
+from nvfp4c.formats import (
+    BLOCK,
+    DEFAULT_SIGNS,
+    GLOBAL_MAX,
+    HADAMARD_NORM,
+    ROW_BLOCK,
+    TILE_BLOCK,
+    block_count,
+    padded,
+    sylvester_hadamard,
+)
 
 
 def fake_quantize(
@@ -36,10 +46,7 @@ def rotated(x: Tensor, matrix: Tensor) -> Tensor:
 
 def hadamard_matrix() -> Tensor:
     """diag(signs) H16 / 4, float32 [16, 16]: exact in BF16."""
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < BLOCK:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
-    return torch.tensor(DEFAULT_SIGNS, dtype=torch.float32).unsqueeze(1) * matrix * HADAMARD_NORM
+    return torch.tensor(DEFAULT_SIGNS, dtype=torch.float32).unsqueeze(1) * sylvester_hadamard() * HADAMARD_NORM
 
 
 class FakeQuantizedProduct(torch.autograd.Function):

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from nvfp4c.kernel_plan import described
+
 OPENING = """# Performance
 
 Written by `python -m nvfp4c.bench.report docs/results > docs/performance.md` from the files in
@@ -80,11 +82,10 @@ def _kernels(data: dict[str, Any]) -> Iterator[str]:
 def _regions(data: dict[str, Any]) -> Iterator[str]:
     rows = [("region", "launches", "us", "predicted MB", "measured MB", "measured / predicted")]
     for one in data["results"]:
-        made = f" of {', '.join(one['operations'])}" if one["operations"] and one["decision"] != "apart" else ""
         predicted, measured = one["bytes"] / 1e6, one["measured_bytes"] / 1e6
         rows.append(
             (
-                f"{one['computes']}{made}; reads {', '.join(one['reads'])}",
+                described(one["computes"], one["operations"], one["decision"], one["reads"]),
                 str(one["launches"]),
                 f"{one['median_seconds'] * 1e6:,.1f}",
                 f"{predicted:,.1f}",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nvfp4c.bench.fake_quantized import fake_quantized
 from nvfp4c.bench.llama import Llama, Size
+from nvfp4c.codegen import chips
 from nvfp4c.errors import OptionError, nearest
 from nvfp4c.quickstart.train import compile_model
 
@@ -20,9 +21,6 @@ RECIPE = "nvfp4-all"
 
 REFERENCE = "inductor"
 """The variant that others are compared with: PyTorch's own compiler in high precision."""
-
-E4M3_CAPABILITY = (8, 9)
-"""Triton converts to E4M3 from this compute capability, and so does what Inductor generates."""
 
 SEED = 0
 
@@ -58,7 +56,8 @@ def variants(device: str, names: Sequence[str] = ()) -> tuple[Variant, ...]:
 
 def _on_gpu() -> tuple[Variant, ...]:
     bf16 = torch.bfloat16
-    able = torch.cuda.get_device_capability() >= E4M3_CAPABILITY
+    # Triton, and so what Inductor generates, converts to E4M3 where the chip does.
+    able = chips.conversions(torch.cuda.get_device_capability()) >= chips.E4M3
     fake = Variant("fake", "BF16, fake quantisation in plain torch, Inductor", bf16, "inductor", fake=True)
     return (
         Variant(REFERENCE, "BF16, Inductor", bf16, "inductor"),

@@ -207,9 +207,8 @@ def regions_table(found: Sequence[Measured], title: str) -> Table:
     """A line for each kind of region: bytes that were predicted, and bytes that a copy moves in the time it took."""
     table = _table(f"{title}: regions of a step", ("computes", "launches", "us", "+-", "predicted MB", "measured MB"))
     for one in found:
-        made = f" of {', '.join(one.row.operations)}" if one.row.operations and one.row.decision != "apart" else ""
         table.add_row(
-            f"{one.row.computes}{made}; reads {', '.join(one.row.reads)}",
+            str(one.row),
             str(one.launches),
             f"{one.samples.median * 1e6:,.1f}",
             f"{one.samples.spread:.0%}",

@@ -11,17 +11,20 @@ from exact import run_exactly
 from graphs import (
     SIGNS,
     aten,
+    bf16,
     captured,
     copied,
     example_inputs,
     nvfp4,
     partitioned,
+    regions,
     run_step,
     run_until,
     same_bits,
     targets,
     text,
     trace,
+    turned,
 )
 from torch import Tensor, fx, nn
 
@@ -51,21 +54,8 @@ def absorbed(graph: fx.Graph, machine: Machine = H100, inputs: list[Any] | None 
     return graph
 
 
-def regions(graph: fx.Graph) -> list[str]:
-    """The regions of a graph, in order: what each of them reads and what it gives."""
-    return [line.partition("nvfp4.region")[2] for line in text(graph).splitlines() if "nvfp4.region(" in line]
-
-
 def fusions(graph: fx.Graph) -> list[Fusion]:
     return [node.meta[FUSION] for node in graph.nodes if FUSION in node.meta]
-
-
-def bf16(*shape: int) -> Tensor:
-    return torch.randn(shape).bfloat16()
-
-
-def turned(x: Tensor) -> Tensor:
-    return aten.permute(x, [*range(x.dim() - 2), x.dim() - 1, x.dim() - 2])
 
 
 def quantised(x: Tensor) -> list[Tensor]:

@@ -10,6 +10,7 @@ import torch
 from exact import run_exactly
 from graphs import (
     aten,
+    bf16,
     captured,
     copied,
     example_inputs,
@@ -51,10 +52,6 @@ def cached(graph: fx.Graph, *weights: str, sure: bool = False) -> fx.Graph:
     once = text(graph)
     assert text(cache_weights(graph)) == once
     return graph
-
-
-def bf16(*shape: int) -> Tensor:
-    return torch.randn(shape).bfloat16()
 
 
 def packed(x: Tensor, block: list[int], of: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,18 +10,21 @@ from exact import run_exactly
 from graphs import (
     SIGNS,
     aten,
+    bf16,
     captured,
     copied,
     dialect_nodes,
     example_inputs,
     nvfp4,
     partitioned,
+    regions,
     run_step,
     run_until,
     same_bits,
     targets,
     text,
     trace,
+    turned,
 )
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
@@ -49,19 +52,6 @@ def fused(graph: fx.Graph, inputs: list[Any] | None = None) -> fx.Graph:
     once = text(graph)
     assert text(fuse(graph)) == once
     return graph
-
-
-def regions(graph: fx.Graph) -> list[str]:
-    """The regions of a graph, in order: what each of them reads and what it gives."""
-    return [line.partition("nvfp4.region")[2] for line in text(graph).splitlines() if "nvfp4.region(" in line]
-
-
-def bf16(*shape: int) -> Tensor:
-    return torch.randn(shape).bfloat16()
-
-
-def turned(x: Tensor) -> Tensor:
-    return aten.permute(x, [*range(x.dim() - 2), x.dim() - 1, x.dim() - 2])
 
 
 def packed(x: Tensor, block: list[int]) -> tuple[Tensor, Tensor, Tensor]:

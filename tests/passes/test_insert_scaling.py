@@ -12,6 +12,7 @@ from graphs import (
     SEED_VALUE,
     SIGNS,
     aten,
+    bf16,
     captured,
     decide,
     example_inputs,
@@ -68,10 +69,6 @@ def scaled(function: Callable[..., Any], pair: Pair, *inputs: Tensor) -> fx.Grap
     graph = before(function, pair, *inputs)
     assert text(graph) == text(trace(function, *inputs))
     return run_step(graph, STEP, Stage.ROTATED)
-
-
-def bf16(*shape: int) -> Tensor:
-    return torch.randn(shape).bfloat16()
 
 
 def test_mm() -> None:

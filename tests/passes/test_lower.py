@@ -11,6 +11,7 @@ from eager_target import EAGER, PACKED, PLAIN, REGIONS, eager
 from exact import product, run_exactly
 from graphs import (
     SIGNS,
+    bf16,
     captured,
     copied,
     dialect_nodes,
@@ -51,10 +52,6 @@ def lowered(graph: fx.Graph, table: KernelTable = EAGER, inputs: list[Any] | Non
     assert dialect_nodes(graph) == []
     assert same_bits(run(graph, *inputs), expected)
     return graph
-
-
-def bf16(*shape: int) -> Tensor:
-    return torch.randn(shape).bfloat16()
 
 
 def packed(x: Tensor, block: list[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ from exact import run_exactly
 from graphs import (
     SIGNS,
     aten,
+    bf16,
     captured,
     copied,
     dialect_nodes,
@@ -22,6 +23,7 @@ from graphs import (
     targets,
     text,
     trace,
+    turned,
 )
 from torch import Tensor, fx, nn
 
@@ -35,14 +37,6 @@ from nvfp4c.region import Form, Region
 STEP = Step("native", native, Stage.SCALED)
 FUSE = Step("fuse", fuse, Stage.FUSED)
 ALL = RECIPES["nvfp4-all"]
-
-
-def bf16(*shape: int) -> Tensor:
-    return torch.randn(shape).bfloat16()
-
-
-def turned(x: Tensor) -> Tensor:
-    return aten.permute(x, [*range(x.dim() - 2), x.dim() - 1, x.dim() - 2])
 
 
 def packed(graph: fx.Graph) -> fx.Graph:
