@@ -141,10 +141,10 @@ def run(prepared: Prepared, inputs: Sequence[Tensor], amaxes: Sequence[Tensor], 
     """`region`, as prepared."""
     x, region = inputs[0], prepared.region
     found = [x.new_empty(shape, dtype=dtype) for shape, dtype in prepared.buffers]
+    buffers = [buffer.view(torch.uint8) if buffer.dtype == torch.float8_e4m3fn else buffer for buffer in found]
     if prepared.zeros:
-        torch._foreach_zero_([found[place] for place in prepared.zeros])  # one launch for all
+        torch._foreach_zero_([buffers[place] for place in prepared.zeros])  # one launch for all
     given = (_as_input(x, kind, region) for x, kind in zip(inputs, region.prologue.inputs, strict=True))
-    buffers = (buffer.view(torch.uint8) if buffer.dtype == torch.float8_e4m3fn else buffer for buffer in found)
     prepared.launch((*given, *amaxes[: region.amax_count], seed, *buffers))
     return found
 
