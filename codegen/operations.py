@@ -103,6 +103,13 @@ def prepare(
     strides = [step for x in full for step in x.stride()[:2]]
     buffers = [(output, buffer) for output in region.outputs for buffer in shapes(output, matrices[output.matrix])]
     constants = (tile.groups, tile.columns, LOAD_BYTES // max(x.dtype.itemsize for x in full), even, native)
+    random = any(output.stochastic for output in region.outputs)
+    types = (
+        *(x.dtype for x in given),
+        *[torch.float32] * region.amax_count,
+        torch.int64 if random else None,
+        *(torch.uint8 if dtype is torch.float8_e4m3fn else dtype for _, (_, dtype) in buffers),
+    )
     zeros = [_starts_as_zero(output, *buffer, matrices[output.matrix]) for output, buffer in buffers]
     return Prepared(
         region=region,
@@ -111,6 +118,7 @@ def prepare(
         launch=Launch(
             kernel=emitted(region),
             programs=count * triton.cdiv(rows, height) * triton.cdiv(columns, tile.columns),
+            types=types,
             numbers=(rows, columns, *strides, *(o.stream for o in region.outputs if o.stochastic)),
             constants=dict(zip(CONSTANTS, constants, strict=True)),
             warps=tile.warps,
@@ -128,13 +136,16 @@ def _starts_as_zero(output: Output, shape: Sequence[int | torch.SymInt], dtype: 
 
 
 @lru_cache(maxsize=SHAPES_KEPT)
-def _prepared(text: str, inputs: tuple[Layout, ...], device: torch.device) -> Prepared:
-    return prepare(Region.from_json(text), inputs, device)
+def prepared(
+    text: str, inputs: tuple[Layout, ...], device: torch.device, capability: tuple[int, int] | None = None
+) -> Prepared:
+    """`prepare` of a region given as JSON, remembered."""
+    return prepare(Region.from_json(text), inputs, device, capability=capability)
 
 
 def region(inputs: Sequence[Tensor], amaxes: Sequence[Tensor], seed: Tensor | None, region: str) -> list[Tensor]:
     """Every tensor of every output of a region, in order. An input whose rows are not contiguous is copied first."""
-    return run(_prepared(region, tuple(map(layout, inputs)), inputs[0].device), inputs, amaxes, seed)
+    return run(prepared(region, tuple(map(layout, inputs)), inputs[0].device), inputs, amaxes, seed)
 
 
 def run(prepared: Prepared, inputs: Sequence[Tensor], amaxes: Sequence[Tensor], seed: Tensor | None) -> list[Tensor]:
@@ -164,13 +175,14 @@ def _as_input(x: Tensor, kind: Kind, region: Region) -> Tensor:
 
 
 @lru_cache(maxsize=SHAPES_KEPT)
-def _unpacking(shape: tuple[int, ...], down: bool, device: torch.device) -> Launch:
+def unpacking(shape: tuple[int, ...], down: bool, device: torch.device) -> Launch:
     """The launch that unpacks an operand of this shape. device: apart, for compiled kernels belong to one."""
     rows, columns = shape[-2:]
     tile = UNPACK_TILE
     return Launch(
         kernel=kernels.unpack_columns if down else kernels.unpack_rows,
         programs=math.prod(shape[:-2]) * triton.cdiv(rows, BLOCK * tile.groups) * triton.cdiv(columns, tile.columns),
+        types=(torch.uint8, torch.uint8, torch.bfloat16),
         numbers=(rows, columns),
         constants={"GROUPS": tile.groups, "COLUMNS": tile.columns},
         warps=tile.warps,
@@ -187,7 +199,7 @@ def dequantize(codes: Tensor, scales: Tensor, k: int, down: bool) -> Tensor:
     shape = (*lead, k, columns) if down else (*lead, rows, k)
     values = codes.new_empty(shape, dtype=torch.bfloat16)
     tensors = codes.contiguous(), scales.contiguous().view(torch.uint8), values
-    _unpacking(shape, down, codes.device)(tensors)
+    unpacking(shape, down, codes.device)(tensors)
     return values
 
 

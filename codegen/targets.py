@@ -86,7 +86,7 @@ def _cpu_table() -> KernelTable:
 
 def _gpu_table(target: Target, product: str) -> KernelTable:
     # Imported here because it imports triton, which a machine without a GPU need not have.
-    from nvfp4c.codegen import cached_weight, native_product, operations
+    from nvfp4c.codegen import cached_weight, launches, native_product, operations
 
     names = {"matmul": "triton: quantise; cuBLAS BF16 GEMM", "dequantize": "triton: quantise, dequantise"}
     block_scaled_mm = None
@@ -102,5 +102,6 @@ def _gpu_table(target: Target, product: str) -> KernelTable:
         dequantize=operations.dequantized,
         product=operations.scaled_product,
         block_scaled_mm=block_scaled_mm,
+        compile_kernels=None if operations.INTERPRETED else launches.compile_kernels,
         names=names,
     )

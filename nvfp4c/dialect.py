@@ -233,6 +233,14 @@ def _packed_like(x: Tensor, rows: int, k: int) -> tuple[Tensor, Tensor]:
     return codes, x.new_empty((*lead, rows, block_count(k)), dtype=torch.float8_e4m3fn)
 
 
+def _empty_like(x: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """[.., M, k] for an x [.., M, K], which lies in memory as `oriented_like` x."""
+    *lead, rows, _ = x.shape
+    if x.stride(-1) == 1:
+        return x.new_empty((*lead, rows, k), dtype=dtype)
+    return x.new_empty((*lead, k, rows), dtype=dtype).mT
+
+
 def _fake_hadamard(x: Tensor, signs: Sequence[int]) -> Tensor:
     return x.new_empty((*x.shape[:-1], padded(x.shape[-1])), dtype=torch.bfloat16)
 
@@ -251,10 +259,11 @@ def _fake_quantize(
     stream: int = 0,
     layout: str = Layout.LINEAR.value,
 ) -> tuple[Tensor, Tensor]:
-    codes, scales = _packed_like(x, x.shape[-2], x.shape[-1])
     if Layout(layout) is Layout.NATIVE:
+        codes, scales = _packed_like(x, x.shape[-2], x.shape[-1])
         return codes, scales.new_empty((*x.shape[:-2], *swizzled_shape(*scales.shape[-2:])))
-    return oriented_like(x, codes), oriented_like(x, scales)
+    k = x.shape[-1]
+    return _empty_like(x, padded(k) // 2, torch.uint8), _empty_like(x, block_count(k), torch.float8_e4m3fn)
 
 
 def _fake_transpose(codes: Tensor, scales: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -262,7 +271,7 @@ def _fake_transpose(codes: Tensor, scales: Tensor, k: int) -> tuple[Tensor, Tens
 
 
 def _fake_dequantize(codes: Tensor, scales: Tensor, amax: Tensor | None, k: int, dtype: torch.dtype) -> Tensor:
-    return oriented_like(codes, codes.new_empty((*codes.shape[:-1], k), dtype=dtype))
+    return _empty_like(codes, k, dtype)
 
 
 def _fake_region(inputs: Sequence[Tensor], amaxes: Sequence[Tensor], seed: Tensor | None, region: str) -> list[Tensor]:
@@ -409,6 +418,7 @@ class KernelTable:
     `dequantize` and `operand` return code * scale in `operand_dtype` (exact in BF16), without the global factor.
     block_scaled_mm: for a target that multiplies packed operands itself; then `rewrite` keeps them packed.
     names: what `explain` calls a matmul both of whose operands are quantised, and one of which one is.
+    compile_kernels: told every fused graph before it is lowered, so that its kernels can be compiled ahead.
     """
 
     target: str
@@ -423,6 +433,7 @@ class KernelTable:
     region: Callable[..., Sequence[Tensor]] | None = None
     weight: Callable[..., Sequence[Tensor]] | None = None
     block_scaled_mm: Callable[..., Tensor] | None = None
+    compile_kernels: Callable[[fx.Graph], fx.Graph] | None = None
 
     @property
     def native(self) -> bool:

@@ -28,10 +28,12 @@ import triton
 from torch import Tensor, fx
 
 from nvfp4c import options as option_parsing
-from nvfp4c.codegen import block_scaled_gemm, cached_weight, emit, kernels, operations
+from nvfp4c.codegen import block_scaled_gemm, emit, kernels, operations
 from nvfp4c.codegen.assembly import Assembly, assemble
 from nvfp4c.codegen.chips import TARGETS
-from nvfp4c.dialect import BLOCK_SCALED_MM, DEQUANTIZE, REGION, WEIGHT, arguments
+from nvfp4c.codegen.launches import launches, numbers
+from nvfp4c.codegen.launching import Launch
+from nvfp4c.dialect import BLOCK_SCALED_MM, REGION, arguments
 from nvfp4c.errors import OptionError, TargetError, nearest
 from nvfp4c.fused_graphs import Half, fused_graphs, sites
 from nvfp4c.region import Region
@@ -46,7 +48,6 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.int64: "*i64",
     torch.uint8: "*u8",
-    torch.float8_e4m3fn: "*u8",  # scales are handed over as bytes
 }
 E4M3 = re.compile(r"cvt\.r[ns]\.[\w.]*e4m3x\d[\w.]*")
 DIVISOR = 16
@@ -249,89 +250,42 @@ def programs(halves: Sequence[Half], target: str) -> dict[Program, list[Use]]:
 
 def _launches(node: fx.Node, capability: tuple[int, int]) -> Sequence[Program]:
     """The kernels that a node launches; none where it computes an empty matrix."""
-    if node.target is REGION:
-        inputs, _, seed, text = arguments(node)
-        region = _region(Region.from_json(text), [_layout(x.meta["val"]) for x in inputs], seed is not None, capability)
-        return [] if region is None else [region]
     if node.target is BLOCK_SCALED_MM:
         product = _multiplying(node)
         return [] if product is None else [product]
-    if node.target not in (WEIGHT, DEQUANTIZE) or 0 in _numbers(arguments(node)[0].meta["val"].shape):
-        return []
-    if node.target is DEQUANTIZE:
-        codes, values = arguments(node)[0].meta["val"], node.meta["val"]
-        down = codes.stride(-1) != 1
-        return [_unpacking((values.mT if down else values).shape, down)]
-    weight, dtype, text, _ = arguments(node)
-    shape, stride, _ = _layout(weight.meta["val"])
-    needed = cached_weight.regions(text)
-    both = (_region(region, [(shape, stride, dtype)], False, capability) for region in (needed.reduce, needed.fill))
-    found = [region for region in both if region is not None]
-    return [*found, *(_unpacking(node.meta["val"][-1].shape, needed.packed.down) for _ in needed.fill.outputs[1:])]
-
-
-def _layout(x: Tensor) -> operations.Layout:
-    return _numbers(x.shape), _numbers(x.stride()), x.dtype
-
-
-def _region(
-    region: Region, layouts: Sequence[operations.Layout], random: bool, capability: tuple[int, int]
-) -> Launched | None:
-    """What `operations.region` launches; None for an empty matrix. random: whether it is given a seed."""
-    prepared = operations.prepare(region, layouts, torch.device("cuda"), capability=capability)
-    launch = prepared.launch
-    if not launch.programs:
-        return None
-    given = (
-        *(dtype for _, _, dtype in layouts),
-        *[torch.float32] * region.amax_count,
-        torch.int64 if random else None,
-        *(dtype for _, dtype in prepared.buffers),
-        *launch.numbers,
-    )
-    source = emit.emit(region).source
-    title = (ast.get_docstring(ast.parse(source)) or "").removeprefix("Emitted by nvfp4c: ").removesuffix(".")
-    stem = "_".join(dict.fromkeys(output.form.value for output in region.outputs))
-    return _launched(stem, launch.kernel, given, launch.constants, launch.warps, source, title)
-
-
-def _unpacking(shape: Sequence[int | torch.SymInt], down: bool) -> Launched:
-    """What `operations.dequantize` launches for values of a shape."""
-    *_, rows, columns = _numbers(shape)
-    kernel = kernels.unpack_columns if down else kernels.unpack_rows
-    tile = operations.UNPACK_TILE
-    given = (torch.uint8, torch.uint8, torch.bfloat16, rows, columns)
-    constants = {"GROUPS": tile.groups, "COLUMNS": tile.columns}
-    title = f"code * scale, of blocks {'down the columns' if down else 'along the rows'}"
-    return _launched(kernel.__name__, kernel, given, constants, tile.warps, inspect.getsource(kernels), title)
+    return [_launched(launch, region) for launch, region in launches(node, torch.device("cuda"), capability)]
 
 
 def _multiplying(node: fx.Node) -> NativeProduct | None:
     """What `native_product.by_triton` launches; None for an empty product. A bias that is no vector is not its own."""
     a, _, _, b, _, _, bias, dtype = arguments(node)
-    if 0 in _numbers((*a.meta["val"].shape, *b.meta["val"].shape)):
+    if 0 in numbers((*a.meta["val"].shape, *b.meta["val"].shape)):
         return None
     if bias is None:
         return NativeProduct(dtype, None)
     given = bias.meta["val"]
-    vector = _numbers(given.shape) == _numbers(b.meta["val"].shape[-2:-1])
+    vector = numbers(given.shape) == numbers(b.meta["val"].shape[-2:-1])
     return NativeProduct(dtype, given.dtype) if vector else NativeProduct(torch.float32, None)
 
 
-def _launched(
-    stem: str,
-    kernel: Any,
-    given: Sequence[torch.dtype | int | None],
-    constants: Mapping[str, Any],
-    warps: int,
-    source: str,
-    computes: str,
-) -> Launched:
-    """A kernel specialised for its first arguments, a type standing for a tensor, as Triton does it in a launch."""
+def _launched(launch: Launch, region: Region | None) -> Launched:
+    """A launch's kernel, with the words and the source that it is shown with."""
+    if region is not None:
+        source = emit.emit(region).source
+        title = (ast.get_docstring(ast.parse(source)) or "").removeprefix("Emitted by nvfp4c: ").removesuffix(".")
+        stem = "_".join(dict.fromkeys(output.form.value for output in region.outputs))
+    else:
+        source, stem = inspect.getsource(kernels), launch.kernel.__name__
+        title = f"code * scale, of blocks {'down the columns' if stem == 'unpack_columns' else 'along the rows'}"
+    return _specialised(launch, stem, source, title)
+
+
+def _specialised(launch: Launch, stem: str, source: str, computes: str) -> Launched:
+    """A launch's kernel, specialised for its arguments as Triton does it in a launch."""
     types: dict[str, str] = {}
     values: dict[str, Any] = {}
     aligned = []
-    for parameter, value in zip(kernel.params, given, strict=False):
+    for parameter, value in zip(launch.kernel.params, (*launch.types, *launch.numbers), strict=False):
         special = not parameter.do_not_specialize
         if isinstance(value, torch.dtype):
             types[parameter.name] = POINTERS[value]
@@ -341,13 +295,10 @@ def _launched(
             types[parameter.name] = "i32" if value < 1 << 31 else "i64"
             if value % DIVISOR == 0 and special:
                 aligned.append(parameter.name)
-    constant = (*values.items(), *constants.items())
-    return Launched(stem, kernel, tuple(types.items()), constant, tuple(aligned), warps, source, computes)
-
-
-def _numbers(sizes: Sequence[int | torch.SymInt]) -> tuple[int, ...]:
-    """Sizes, symbolic ones at their example values."""
-    return tuple(int(size.node.hint) if isinstance(size, torch.SymInt) else size for size in sizes)
+    constants = (*values.items(), *launch.constants.items())
+    return Launched(
+        stem, launch.kernel, tuple(types.items()), constants, tuple(aligned), launch.warps, source, computes
+    )
 
 
 def _use(half: Half, node: fx.Node) -> Use:
@@ -359,7 +310,7 @@ def _use(half: Half, node: fx.Node) -> Use:
 
 
 def _shape(value: Tensor) -> str:
-    return f"{_name(value.dtype)} {list(_numbers(value.shape))}"
+    return f"{_name(value.dtype)} {list(numbers(value.shape))}"
 
 
 def _name(dtype: torch.dtype) -> str:

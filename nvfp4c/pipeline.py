@@ -71,7 +71,8 @@ def lowering(table: KernelTable) -> tuple[Step, ...]:
     lower = Step("lower", Lower(table), Stage.LOWERED)
     if table.region is None:
         return (lower,)
-    return (*fusing(table.target), lower)
+    ahead = table.compile_kernels
+    return (*fusing(table.target), *((Step("compile_kernels", ahead, Stage.FUSED),) if ahead else ()), lower)
 
 
 def fusing(target: str) -> tuple[Step, ...]:
