@@ -29,13 +29,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nvfp4c import dialect
 from nvfp4c.codegen.assembly import Assembly, assemble
-from nvfp4c.codegen.device_math import bits_float, e2m1_value, e4m3_value, float_bits, to_bfloat16, to_float32
+from nvfp4c.codegen.device_math import (
+    bits_float,
+    e2m1_value,
+    e4m3_value,
+    float_bits,
+    global_factor,
+    to_bfloat16,
+    to_float32,
+)
 from nvfp4c.errors import TargetError
-from nvfp4c.formats import GLOBAL_MAX
 from nvfp4c.scale_layout import TILE_BLOCKS
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-GLOBAL_SQUARE = tl.constexpr(GLOBAL_MAX * GLOBAL_MAX)
 GROUP = tl.constexpr(8)
 """Tiles of rows that are gone through together, so that what they read of b is still in the cache."""
 
@@ -141,7 +147,7 @@ def block_scaled_gemm(
     across = tl.cdiv(columns, COLUMNS)
     row_tiles = tl.cdiv(rows, 128)
     column_tiles = tl.cdiv(columns, 128)
-    factor = tl.math.div_rn(tl.load(a_amax) * tl.load(b_amax), GLOBAL_SQUARE)
+    factor = global_factor(tl.load(a_amax), tl.load(b_amax))
     for tile in tl.range(tl.program_id(0), batches * down * across, tl.num_programs(0)):
         batch = tile // (down * across)
         within = tile % (down * across)

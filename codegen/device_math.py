@@ -20,6 +20,7 @@ from nvfp4c import formats, philox
 
 FP32_MAX = tl.constexpr(formats.FP32_MAX)
 GLOBAL_MAX = tl.constexpr(formats.GLOBAL_MAX)
+GLOBAL_SQUARE = tl.constexpr(formats.GLOBAL_MAX * formats.GLOBAL_MAX)
 E2M1_MAX = tl.constexpr(formats.E2M1_MAX)
 E4M3_MAX = tl.constexpr(formats.E4M3_MAX)
 ROUNDS = tl.constexpr(philox.ROUNDS)
@@ -206,6 +207,12 @@ def encode_scale(amax):
     scale = tl.where(scale > FP32_MAX, FP32_MAX, scale)
     scale = tl.where(amax == 0.0, 1.0, scale)
     return tl.where(amax <= FP32_MAX, scale, float("nan"))
+
+
+@triton.jit
+def global_factor(a_amax, b_amax):
+    """What a product of two operands' code * scale is multiplied by, float32: see `numerics.global_factor`."""
+    return tl.math.div_rn(a_amax * b_amax, GLOBAL_SQUARE)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs
 # (Triton compiles these functions from their source; their arguments are not Python values.)
-"""Triton kernels that need no emitting: packed operands back to bfloat16. Emitted ones: see `emit`.
+"""Triton kernels that need no emitting: packed operands back to bfloat16, and a product's factor. For others: `emit`.
 
-A program handles 16 * GROUPS rows and COLUMNS columns of the result.
+A program that unpacks handles 16 * GROUPS rows and COLUMNS columns of the result.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nvfp4c.codegen.device_math import e2m1_value, e4m3_value, to_bfloat16
+from nvfp4c.codegen.device_math import e2m1_value, e4m3_value, global_factor, to_bfloat16
 
 
 @triton.jit
@@ -67,3 +67,10 @@ def unpack_columns(codes, scales, values, rows, columns, GROUPS: tl.constexpr, C
         place = values + (batch * rows + row) * columns + column
         tl.store(place, to_bfloat16(e2m1_value(pair) * scale), mask=inside & (row < rows))
         tl.store(place + columns, to_bfloat16(e2m1_value(pair >> 4) * scale), mask=inside & (row + 1 < rows))
+
+
+@triton.jit
+def product_factors(a_amax, b_amax, factors):
+    """Writes the global factor of two operands, then 0: what a library's product is told to scale by, and to add."""
+    tl.store(factors, global_factor(tl.load(a_amax), tl.load(b_amax)))
+    tl.store(factors + 1, 0.0)

@@ -12,13 +12,13 @@ from torch import Tensor, fx
 
 from nvfp4c.codegen import cached_weight, operations
 from nvfp4c.codegen.launching import Launch, compile_ahead
-from nvfp4c.dialect import DEQUANTIZE, REGION, WEIGHT, arguments
+from nvfp4c.dialect import DEQUANTIZE, PRODUCT, REGION, WEIGHT, arguments
 from nvfp4c.region import Region
 
-KERNELS = (REGION, DEQUANTIZE, WEIGHT)
+KERNELS = (REGION, DEQUANTIZE, WEIGHT, PRODUCT)
 
 Launching = tuple[Launch, Region | None]
-"""A launch and the region that its kernel was emitted for; None for a kernel that unpacks."""
+"""A launch and the region that its kernel was emitted for; None for a kernel that is not emitted."""
 
 
 def compile_kernels(graph: fx.Graph) -> fx.Graph:
@@ -47,6 +47,8 @@ def launches(node: fx.Node, device: torch.device, capability: tuple[int, int] | 
         codes, values = arguments(node)[0].meta["val"], node.meta["val"]
         down = codes.stride(-1) != 1
         yield from _unpacking(values.mT if down else values, down, device)
+    elif node.target is PRODUCT:
+        yield operations.FACTORS, None
     elif node.target is WEIGHT:
         weight, dtype, text, _ = arguments(node)
         shape, stride, _ = _layout(weight.meta["val"])

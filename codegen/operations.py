@@ -17,14 +17,12 @@ import torch
 import triton
 from torch import Tensor
 from torch._inductor.codecache import PyCodeCache
-from torch.nn import functional as F
 
 from nvfp4c import dialect
 from nvfp4c.codegen import chips, cublas, kernels
 from nvfp4c.codegen.emit import CONSTANTS, Tile, emit
 from nvfp4c.codegen.launching import INTERPRETED, LOAD_BYTES, Launch, on_device_of
 from nvfp4c.formats import BLOCK, block_count
-from nvfp4c.numerics import global_factor
 from nvfp4c.prologue import Kind
 from nvfp4c.region import Form, Output, Region, shapes
 
@@ -35,6 +33,9 @@ DISPATCH_KEYS = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
 
 UNPACK_TILE = Tile(groups=2, columns=128, warps=4)
 
+
+FACTORS = Launch(kernels.product_factors, 1, (torch.float32,) * 3, (), {}, warps=1)
+"""Of a product's two amaxes: its global factor, and 0."""
 
 SHAPES_KEPT = 4096
 """Of how many regions and shapes the launches are remembered: sizes may be dynamic."""
@@ -203,16 +204,23 @@ def dequantize(codes: Tensor, scales: Tensor, k: int, down: bool) -> Tensor:
     return values
 
 
-def product(a: Tensor, b: Tensor, factors: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """(a @ b^T) * factors[0] + bias in FP32, rounded once, for operands one of whose axes is contiguous.
+def product(
+    a: Tensor, b: Tensor, a_amax: Tensor, b_amax: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """dialect.product of operands one of whose axes is contiguous: in FP32, rounded once.
 
-    a: [.., M, K]; b: [.., N, K]; factors: float32 [2], the second 0; bias: broadcastable to the result. Operands are
-    neither copied nor transposed.
+    a: [.., M, K]; b: [.., N, K]; bias: broadcastable to the result. Operands are neither copied nor transposed.
     """
+    factors = a_amax.new_empty(2)
+    FACTORS((a_amax, b_amax, factors))  # a launch of its own: Inductor takes longer to compile as many
+    return _scaled(a, b, factors, bias, out_dtype)
+
+
+def _scaled(a: Tensor, b: Tensor, factors: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     with on_device_of(a):
         found = None if INTERPRETED else cublas.product(a, b, factors, bias, out_dtype)
         if found is None and bias is not None:
-            return and_bias(product(a, b, factors, None, torch.float32), bias, out_dtype)
+            return and_bias(_scaled(a, b, factors, None, torch.float32), bias, out_dtype)
     if found is None:
         multiply = torch.mm if a.dim() == 2 else torch.bmm
         exact = multiply(a.float(), b.mT.float()) if INTERPRETED else multiply(a, b.mT, out_dtype=torch.float32)
@@ -223,10 +231,6 @@ def product(a: Tensor, b: Tensor, factors: Tensor, bias: Tensor | None, out_dtyp
 def and_bias(product: Tensor, bias: Tensor, out_dtype: torch.dtype) -> Tensor:
     """What is left of the epilogue where the kernel did not add the bias: in float32, before the one rounding."""
     return (product + bias.float()).to(out_dtype)
-
-
-def _fake_product(a: Tensor, b: Tensor, factors: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    return a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=out_dtype)
 
 
 def _fake_dequantize(codes: Tensor, scales: Tensor, k: int, down: bool) -> Tensor:
@@ -242,11 +246,7 @@ def schema(operation: torch._ops.OpOverload) -> str:
 _OPERATIONS = (
     (schema(dialect.REGION), region, dialect.REGION),
     ("dequantize(Tensor codes, Tensor scales, SymInt k, bool down) -> Tensor", dequantize, _fake_dequantize),
-    (
-        "product(Tensor a, Tensor b, Tensor factors, Tensor? bias, ScalarType out_dtype) -> Tensor",
-        product,
-        _fake_product,
-    ),
+    (schema(dialect.PRODUCT), product, dialect.PRODUCT),
 )
 
 for _definition, _implementation, _fake in _OPERATIONS:
@@ -266,11 +266,3 @@ def dequantized(codes: Tensor, scales: Tensor, k: int) -> Tensor:
     if codes.stride(-1) == 1:
         return DEQUANTIZE(codes, scales, k, False)
     return DEQUANTIZE(codes.mT, scales.mT, k, True).mT
-
-
-def scaled_product(
-    a: Tensor, b: Tensor, a_amax: Tensor, b_amax: Tensor, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
-    """dialect.product. The factors are left to Inductor, which computes them where it costs least."""
-    factors = F.pad(global_factor(a_amax, b_amax).reshape(1), (0, 1))
-    return PRODUCT(a, b, factors, bias, out_dtype)

@@ -100,7 +100,7 @@ def _gpu_table(target: Target, product: str) -> KernelTable:
         # What the cache of weights keeps is packed in the layout of the weight, and read dequantised.
         weight=None if target.native_fp4 else cached_weight.WEIGHT,
         dequantize=operations.dequantized,
-        product=operations.scaled_product,
+        product=operations.PRODUCT,
         block_scaled_mm=block_scaled_mm,
         compile_kernels=None if operations.INTERPRETED else launches.compile_kernels,
         names=names,

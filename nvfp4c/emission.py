@@ -33,7 +33,7 @@ from nvfp4c.codegen.assembly import Assembly, assemble
 from nvfp4c.codegen.chips import TARGETS
 from nvfp4c.codegen.launches import launches, numbers
 from nvfp4c.codegen.launching import Launch
-from nvfp4c.dialect import BLOCK_SCALED_MM, REGION, arguments
+from nvfp4c.dialect import BLOCK_SCALED_MM, PRODUCT, REGION, arguments
 from nvfp4c.errors import OptionError, TargetError, nearest
 from nvfp4c.fused_graphs import Half, fused_graphs, sites
 from nvfp4c.region import Region
@@ -52,6 +52,13 @@ POINTERS = {
 E4M3 = re.compile(r"cvt\.r[ns]\.[\w.]*e4m3x\d[\w.]*")
 DIVISOR = 16
 """Triton compiles anew for an int that is a multiple of it, as it does for an int of 1."""
+
+WORDS = {
+    "unpack_rows": "code * scale, of blocks along the rows",
+    "unpack_columns": "code * scale, of blocks down the columns",
+    "product_factors": "the global factor of a product, for cuBLAS",
+}
+"""What the kernels that are not emitted compute."""
 
 SUMMARY = "summary.json"
 Watch = Callable[[str, int, int], None]
@@ -276,7 +283,7 @@ def _launched(launch: Launch, region: Region | None) -> Launched:
         stem = "_".join(dict.fromkeys(output.form.value for output in region.outputs))
     else:
         source, stem = inspect.getsource(kernels), launch.kernel.__name__
-        title = f"code * scale, of blocks {'down the columns' if stem == 'unpack_columns' else 'along the rows'}"
+        title = WORDS[stem]
     return _specialised(launch, stem, source, title)
 
 
@@ -304,6 +311,8 @@ def _specialised(launch: Launch, stem: str, source: str, computes: str) -> Launc
 def _use(half: Half, node: fx.Node) -> Use:
     if node.target is BLOCK_SCALED_MM:
         reads = arguments(node)[0:6:3]
+    elif node.target is PRODUCT:
+        reads = arguments(node)[2:4]
     else:
         reads = arguments(node)[0] if node.target is REGION else arguments(node)[:1]
     return Use(half.title, node.name, " and ".join(_shape(read.meta["val"]) for read in reads), sites(half, node))

@@ -341,7 +341,7 @@ def test_product(
     expected = dialect.PRODUCT(a, b, *amaxes, bias, out_dtype)
     for columns in itertools.product((False, True), repeat=2):
         there = [turned(given, device, flag) for given, flag in zip((a, b), columns, strict=True)]
-        found = operations.scaled_product(
+        found = operations.PRODUCT(
             *there, *(amax.to(device) for amax in amaxes), None if bias is None else bias.to(device), out_dtype
         )
         assert found.is_contiguous()
@@ -357,7 +357,7 @@ def test_a_bias_of_any_shape(device: torch.device, shape: tuple[int, ...]) -> No
     amaxes = torch.tensor(2688.0), torch.tensor(1344.0)
     expected = dialect.PRODUCT(a, b, *amaxes, bias, torch.bfloat16)
     there = [given.to(device) for given in (a, b, *amaxes, bias)]
-    found = operations.scaled_product(*there, torch.bfloat16)
+    found = operations.PRODUCT(*there, torch.bfloat16)
     assert torch.equal(bits(found), bits(expected))
 
 
@@ -366,16 +366,25 @@ def test_product_of_nothing(device: torch.device, shape: tuple[tuple[int, ...], 
     a, b = (torch.empty(each, dtype=torch.bfloat16) for each in shape)
     amax, bias = torch.tensor(3.0), torch.arange(float(b.shape[-2]))
     expected = dialect.PRODUCT(a, b, amax, amax, bias, torch.float32)
-    found = operations.scaled_product(
+    found = operations.PRODUCT(
         a.to(device), b.to(device), amax.to(device), amax.to(device), bias.to(device), torch.float32
     )
     assert torch.equal(bits(found), bits(expected))
 
 
+def test_the_factor_is_the_references(device: torch.device) -> None:
+    """Rounded as numerics rounds it, for amaxes whose factor is a normal number."""
+    ones = torch.ones(1, 1, dtype=torch.bfloat16)
+    amaxes = torch.logspace(-15, 15, 25, dtype=torch.float32)
+    for a_amax, b_amax in zip(amaxes, amaxes.roll(7), strict=True):
+        found = operations.PRODUCT(*(x.to(device) for x in (ones, ones, a_amax, b_amax)), None, torch.float32)
+        assert torch.equal(bits(found), bits(dialect.PRODUCT(ones, ones, a_amax, b_amax, None, torch.float32)))
+
+
 def test_products_that_are_not_exact_are_summed_in_fp32(device: torch.device) -> None:
     a, b = (torch.randn(rows, 300, generator=torch.Generator().manual_seed(rows)).bfloat16() for rows in (20, 36))
     amax = torch.tensor(2688.0, device=device)
-    found = operations.scaled_product(a.to(device), b.to(device), amax, amax, None, torch.float32)
+    found = operations.PRODUCT(a.to(device), b.to(device), amax, amax, None, torch.float32)
     # 300 exact products added in FP32, each addition off by half an ulp (6e-8) at most of a partial sum below 300 * 16.
     torch.testing.assert_close(found.cpu().double(), a.double() @ b.double().mT, rtol=0, atol=300 * 300 * 16 * 6e-8)
 
@@ -394,5 +403,4 @@ def test_fakes_and_schemas_hold(device: torch.device) -> None:
     codes, scales = operations.REGION([x], amaxes, None, Region((Output(Form.PACKED),)).to_json())
     opcheck(operations.DEQUANTIZE, (codes, scales, 33, False), test_utils=tests)
     a, b = (torch.randn(rows, 16, device=device).bfloat16() for rows in (8, 24))
-    factors = torch.tensor([2.0, 0.0], device=device)
-    opcheck(operations.PRODUCT, (a, b, factors, None, torch.bfloat16), test_utils=tests)
+    opcheck(operations.PRODUCT, (a, b, *amaxes, None, torch.bfloat16), test_utils=tests)
