@@ -1,0 +1,77 @@
+"""What an analysis of a model holds beside its measurements: scores, and plans with what they are worth.
+
+`sensitivity.json` holds all of it; the report and the terminal only show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from nvfp4c.sensitivity.measurements import Measurements
+
+Key = tuple[str, str]
+"""A site and a role of it."""
+
+Scores = Mapping[Key, float]
+"""By how much the loss is predicted to rise when this role of this site runs in FP4, in units of the loss."""
+
+KINDS = ("solved", "paper", "weights", "random")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to divide the matmuls.
+
+    kind: "solved", or one of the baselines: "paper" (first and last blocks), "weights" (ranked by the error of the
+    weights alone), "random". bf16: what stays in high precision; everything else that can runs in FP4. budget: what
+    was allowed. share: what of all matmul operations stays in high precision, 0..1. predicted: rise of the loss.
+    measured: rise of the loss on each held-out batch, really run; None where it was not.
+    """
+
+    name: str
+    kind: str
+    bf16: tuple[Key, ...]
+    budget: float
+    share: float
+    predicted: float
+    measured: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """candidates: the solved ones are the curve over budgets. chosen: the name of the one that plan.json holds.
+
+    budget_unit: what a budget is: "operations" (share of them in high precision), "bits" (mean bits of a weight), or
+    "speed" (of a step, over all in high precision) on `target`. single: measured rise of the loss with this one
+    alone in FP4, where it was measured.
+    """
+
+    measurements: Measurements
+    scores: Scores
+    candidates: tuple[Candidate, ...]
+    chosen: str
+    budget_unit: str = "operations"
+    target: str = ""
+    single: Scores = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; scores as site: role: number."""
+        return {
+            "measurements": self.measurements.to_dict(),
+            "scores": nested(self.scores),
+            "single": nested(self.single),
+            "candidates": [asdict(candidate) for candidate in self.candidates],
+            "chosen": self.chosen,
+            "budget_unit": self.budget_unit,
+            "target": self.target,
+        }
+
+
+def nested(scores: Scores) -> dict[str, dict[str, float]]:
+    """{(site, role): number} as {site: {role: number}}."""
+    found: dict[str, dict[str, float]] = {}
+    for (site, role), value in scores.items():
+        found.setdefault(site, {})[role] = value
+    return found
