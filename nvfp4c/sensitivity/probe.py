@@ -1,0 +1,262 @@
+"""The probe: what FP4 costs at every site and role, measured in one forward and backward pass a batch.
+
+The model runs in high precision. At a site's last backward matmul the operands of all its matmuls are at hand: there
+each is quantised as the recipe says, multiplied, and compared with the exact product on the same operands. Only sums
+are kept. So every site is measured with all others exact: scores of sites say nothing of how errors work together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from nvfp4c import numerics
+from nvfp4c.dialect import Assignment, Matmul, Operand, Quantization, Role
+from nvfp4c.formats import BLOCK, E2M1_MAX, GLOBAL_MAX
+from nvfp4c.passes.intercept import site_nodes
+from nvfp4c.passes.matmul_graph import block_of
+from nvfp4c.sensitivity.measurements import OCTAVES, SCALE_BINS, OperandMeasure, RoleMeasure, SiteMeasure
+from nvfp4c.sensitivity.quantized import Quantized, product, quantized
+from nvfp4c.sites import ModelNames
+
+SAMPLE = 1 << 14
+"""Elements of an operand that its own statistics are taken from, in strips of 16 rows spread over all: the result's
+error is summed over everything."""
+
+
+RECENT = 4
+"""Quantised operands that are kept for the next sites."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """What the graph says of a site: its place in the model, and how each role's operands are arranged."""
+
+    name: str
+    weight: str
+    weight_elements: int
+    reads: int
+    roles: dict[str, tuple[Matmul, Assignment]]
+
+
+@dataclass
+class Probe:
+    """Watches a model, see `intercepted.observed`. Call `measures` after the last backward pass."""
+
+    seed: int = 0
+    sites: dict[str, Site] = field(default_factory=dict)
+    _sums: dict[tuple[str, str], _Sums] = field(default_factory=dict)
+    _inputs: dict[tuple[int, fx.Node], int] = field(default_factory=dict)
+    _recent: list[tuple[Tensor, Quantization, Quantized]] = field(default_factory=list)
+    _stream: int = 0
+
+    def captured(self, graph: fx.Graph, names: ModelNames) -> None:
+        placeholders = {node: place for place, node in enumerate(graph.find_nodes(op="placeholder"))}
+        for found in site_nodes(graph).values():
+            if found.site in self.sites and len(self.sites[found.site].roles) >= len(found.roles):
+                continue
+            described = names.input_of(found.weight, placeholders.get(found.weight, -1))
+            reads = self._inputs.setdefault((id(graph), found.input), len(self._inputs))
+            roles = {role.value: (found.matmul(role), found.assignment(role)) for role in found.roles}
+            elements = found.weight.meta["val"].numel()
+            weight = described.names[0] if described.names else found.site
+            self.sites[found.site] = Site(found.site, weight, int(elements), reads, roles)
+
+    def matmul(self, left: Tensor, right: Tensor, bias: Tensor | None, site: str, role: str) -> Tensor:
+        raise AssertionError("a probe watches; it decides nothing")
+
+    def observe(
+        self, left: Tensor, right: Tensor, fprop: Sequence[Tensor], other: Sequence[Tensor], site: str, role: str
+    ) -> Tensor:
+        result = torch.matmul(left, right)
+        with torch.no_grad():
+            known = self.sites[site].roles
+            gradient = _gradient(left, right, known[role][0])
+            self._compare(site, role, (left, right), result, None)
+            if fprop:
+                self._compare(site, "fprop", (fprop[0], fprop[1]), None, gradient)
+            if other:
+                self._compare(site, "dgrad" if role == "wgrad" else "wgrad", (other[0], other[1]), None, None)
+        return result
+
+    def _compare(
+        self, site: str, role: str, pair: tuple[Tensor, Tensor], exact: Tensor | None, gradient: Tensor | None
+    ) -> None:
+        matmul, assignment = self.sites[site].roles[role]
+        rows = pair[0], pair[1].mT
+        operands: list[Quantized | Tensor] = []
+        sums = self._sums.setdefault((site, role), _Sums(matmul.operands))
+        for place, (x, how) in enumerate(zip(rows, (assignment.left, assignment.right), strict=True)):
+            if how is None:
+                operands.append(x)
+                continue
+            operand = self._quantized(x, how)
+            sums.add_operand(place, operand, how.block)
+            operands.append(operand)
+        exact = torch.matmul(*pair) if exact is None else exact
+        sums.add_result(exact, product(*operands), gradient, x_rows=matmul.operands[0] is not Operand.WEIGHT)
+        sums.shape = (exact.shape[:-1].numel(), exact.shape[-1], pair[0].shape[-1])
+
+    def _quantized(self, x: Tensor, how: Quantization) -> Quantized:
+        """Neighbouring sites often read the same tensor: the last ones are kept for them."""
+        for known, quantization, operand in self._recent:
+            if quantization == how and _same_memory(known, x):
+                return operand
+        self._stream += 1
+        operand = quantized(x, how, torch.tensor(self.seed, device=x.device), self._stream)
+        self._recent = [(x, how, operand), *self._recent][:RECENT]
+        return operand
+
+    def measures(self, batches: int) -> tuple[SiteMeasure, ...]:
+        """Every site that was captured, in forward order; loss terms and operations as means over so many batches."""
+        return tuple(
+            SiteMeasure(
+                site=site.name,
+                block=None if (block := block_of(site.name)) is None else block[1],
+                projection=site.name if block is None else site.name.removeprefix(f"{block[0]}{block[1]}."),
+                weight=site.weight,
+                weight_elements=site.weight_elements,
+                reads=site.reads,
+                roles={
+                    role: self._sums[site.name, role].measure(role, batches)
+                    for role in ("fprop", "dgrad", "wgrad")
+                    if (site.name, role) in self._sums
+                },
+            )
+            for site in self.sites.values()
+        )
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+
+
+def _gradient(left: Tensor, right: Tensor, matmul: Matmul) -> Tensor:
+    """dL/dy with a row for each row of x, from the operands of a backward matmul: dx = dy w, or dw = dy^T x."""
+    first = matmul.operands[0] is Operand.GRADIENT
+    found = left if first else right
+    return found if first == (matmul.role is Role.DGRAD) else found.mT
+
+
+class _Sums:
+    """Running sums of one role of a site."""
+
+    def __init__(self, kinds: tuple[Operand, Operand]) -> None:
+        self.shape = (0, 0, 0)
+        self._kinds = kinds
+        self._result = [0.0] * 6
+        self._operations = 0.0
+        self._operands: dict[int, list[float]] = {}
+
+    def add_result(self, exact: Tensor, found: Tensor, gradient: Tensor | None, x_rows: bool) -> None:
+        """gradient: of the result, with a row for each row of x. x_rows: whether the result's rows are those too."""
+        y = exact.float()
+        error = found - y
+        terms = [_dot(y, y), _dot(error, error), _dot(error, y)]
+        if gradient is not None:
+            errors = error if x_rows else error.mT
+            change = errors * gradient.reshape(errors.shape).float()
+            by_row = change.sum(-1)
+            terms += [by_row.sum(), _dot(change, change), _dot(by_row, by_row) * (by_row.numel() / 2)]
+        for place, value in enumerate(torch.stack(terms).tolist()):
+            self._result[place] += value
+
+    def add_operand(self, place: int, operand: Quantized, block: tuple[int, int]) -> None:
+        found = _statistics(operand, block).tolist()
+        sums = self._operands.setdefault(place, [0.0] * len(found))
+        for index, value in enumerate(found):
+            sums[index] += value
+
+    def measure(self, role: str, batches: int) -> RoleMeasure:
+        signal, noise, aligned, first, diagonal, rows = self._result
+        m, n, k = self.shape
+        return RoleMeasure(
+            role=role,
+            m=m,
+            n=n,
+            k=k,
+            operations=2.0 * m * n * k,
+            signal=signal,
+            noise=noise,
+            aligned=aligned,
+            operands=tuple(
+                _operand_measure(self._kinds[place].value, sums) for place, sums in sorted(self._operands.items())
+            ),
+            first=first / batches if role == "fprop" else None,
+            diagonal=diagonal / batches if role == "fprop" else None,
+            rows=rows / batches if role == "fprop" else None,
+        )
+
+
+def _statistics(operand: Quantized, block: tuple[int, int]) -> Tensor:
+    """Of a sample, float64: elements, signal, noise, fourth, vanished, saturated, zeros, then the histograms before,
+    after and of scales: see `OperandMeasure`."""
+    x, values = _strips(operand.source), _strips(operand.values).float()
+    _, packed_scales = numerics.block_codes(x, operand.amax, block, None)
+    x, scales = x.float(), packed_scales.float()
+    factor = operand.amax / GLOBAL_MAX
+    squares, magnitudes = x * x, x.abs()
+    limits = (E2M1_MAX * factor * scales).repeat_interleave(BLOCK, -1)[:, : x.shape[-1]]
+    error = values * factor - x
+    nonzero = x.count_nonzero()
+    head = (
+        torch.tensor(x.numel(), device=x.device),
+        squares.sum(),
+        _dot(error, error),
+        _dot(squares, squares),
+        nonzero - values.count_nonzero(),
+        (magnitudes > limits).sum(),
+        x.numel() - nonzero,
+    )
+    exponents = (packed_scales.view(torch.uint8) >> 3).long()
+    return torch.cat(
+        [
+            torch.stack([value.double() for value in head]),
+            _octaves(magnitudes, operand.amax),
+            _octaves(values.abs() * factor, operand.amax),
+            torch.bincount(exponents[scales > 0], minlength=SCALE_BINS).double(),
+        ]
+    )
+
+
+def _strips(x: Tensor) -> Tensor:
+    """Strips of BLOCK rows of a matrix [.., M, K], evenly spread, as many as make SAMPLE elements; [*, K]."""
+    rows = x.reshape(-1, x.shape[-1])
+    count = rows.shape[0] // BLOCK
+    wanted = max(1, SAMPLE // (BLOCK * x.shape[-1]))
+    if count <= wanted:
+        return rows
+    every = -(-count // wanted)
+    return rows[: count * BLOCK].unflatten(0, (count, BLOCK))[::every].flatten(0, 1)
+
+
+def _octaves(magnitudes: Tensor, amax: Tensor) -> Tensor:
+    """How many magnitudes lie in each octave below amax; float64 [OCTAVES]."""
+    nonzero = magnitudes[magnitudes > 0]
+    octave = torch.log2(amax / nonzero).floor().clamp(0, OCTAVES - 1).long()
+    return torch.bincount(octave, minlength=OCTAVES).double()
+
+
+def _operand_measure(kind: str, sums: list[float]) -> OperandMeasure:
+    elements, signal, noise, fourth, vanished, saturated, zeros = sums[:7]
+    counts = [int(value) for value in sums[7:]]
+    return OperandMeasure(
+        operand=kind,
+        elements=int(elements),
+        signal=signal,
+        noise=noise,
+        fourth=fourth,
+        vanished=int(vanished),
+        saturated=int(saturated),
+        zeros=int(zeros),
+        before=tuple(counts[:OCTAVES]),
+        after=tuple(counts[OCTAVES : 2 * OCTAVES]),
+        scales=tuple(counts[2 * OCTAVES :]),
+    )
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.reshape(-1), b.reshape(-1))

@@ -1,0 +1,135 @@
+"""Hand the matmuls of sites to someone who watches them, or who decides at run time. ASSIGNED -> ASSIGNED.
+
+`Switch` makes every matmul that can run in FP4 a call that gets its operands, its site and its role:
+    %mm = aten.mm(%x, %w_t)
+becomes
+    %mm = operation(%x, %w_t, None, session, "fc1", "fprop")
+`Observe` leaves all of them but one a site, the last in backward, whose call gets the operands of the others too:
+    %dx = aten.mm(%dy, %w)
+becomes
+    %dx = operation(%dy, %w, [%x, %w_t], [%dy_t, %x], session, "fc1", "dgrad")
+Both calls return what the matmul returns. So everything about a site is at hand at one moment, and nothing is kept for
+it that backward does not keep anyway.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+from torch.fx.node import Target
+
+from nvfp4c.dialect import ASSIGNMENT, MATMUL, Assignment, Matmul, Operand, Role, arguments, assignment_of, matmul_of
+from nvfp4c.passes.classify import OPERAND_PLACES, origin
+from nvfp4c.passes.graph_edit import backward_nodes, insert
+
+
+@dataclass(frozen=True)
+class SiteNodes:
+    """A site in one graph. roles: its first matmul of each role that can run in FP4, in the order of the graph.
+    weight, input: where its operands come from, before casts and rearrangements."""
+
+    site: str
+    roles: dict[Role, fx.Node]
+    weight: fx.Node
+    input: fx.Node
+
+    @property
+    def host(self) -> Role | None:
+        """The role of the last backward matmul, when the operands of all are there; None without a gradient."""
+        return next((role for role in reversed(self.roles) if role is not Role.FPROP), None)
+
+    def matmul(self, role: Role) -> Matmul:
+        found = matmul_of(self.roles[role])
+        assert found is not None
+        return found
+
+    def assignment(self, role: Role) -> Assignment:
+        found = assignment_of(self.roles[role])
+        assert found is not None
+        return found
+
+
+def operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The left and the right operand of a matmul."""
+    left, right = OPERAND_PLACES[node.target]  # type: ignore[index]
+    return arguments(node)[left], arguments(node)[right]
+
+
+def site_nodes(graph: fx.Graph) -> dict[str, SiteNodes]:
+    """Every site of a graph some role of which can run in FP4, in forward order. A graph that `assign` has seen."""
+    backward = backward_nodes(graph)
+    roles: dict[str, dict[Role, fx.Node]] = {}
+    for node in graph.nodes:
+        matmul = _in_fp4(node)
+        # A forward matmul that is computed again in backward counts once.
+        if matmul is not None and (matmul.role is not Role.FPROP or node not in backward):
+            roles.setdefault(matmul.site, {}).setdefault(matmul.role, node)
+    found = {}
+    for site, nodes in roles.items():
+        weight = _origin_of(nodes, Operand.WEIGHT)
+        read = _origin_of(nodes, Operand.INPUT)
+        if weight is not None and read is not None:
+            found[site] = SiteNodes(site, nodes, weight, read)
+    return found
+
+
+def _in_fp4(node: fx.Node) -> Matmul | None:
+    assignment = assignment_of(node)
+    return matmul_of(node) if assignment is not None and assignment.precision == "nvfp4" else None
+
+
+def _origin_of(nodes: dict[Role, fx.Node], kind: Operand) -> fx.Node | None:
+    for node in nodes.values():
+        matmul = matmul_of(node)
+        assert matmul is not None
+        if kind in matmul.operands:
+            return origin(operands(node)[matmul.operands.index(kind)])
+    return None
+
+
+@dataclass(frozen=True)
+class Switch:
+    """operation: (left, right, bias or None, session, site, role) -> what the matmul gives."""
+
+    operation: Target
+    session: int
+
+    def __call__(self, graph: fx.Graph) -> fx.Graph:
+        for node in list(graph.nodes):
+            matmul = _in_fp4(node)
+            if matmul is None:
+                continue
+            bias = arguments(node)[0] if OPERAND_PLACES[node.target] == (1, 2) else None
+            args = (*operands(node), bias, self.session, matmul.site, matmul.role.value)
+            _replace(graph, node, self.operation, args)
+        return graph
+
+
+@dataclass(frozen=True)
+class Observe:
+    """operation: (left, right, operands of fprop, operands of the other backward matmul, session, site, role) -> what
+    the matmul gives; an empty list where the site has no such matmul in this graph."""
+
+    operation: Target
+    session: int
+
+    def __call__(self, graph: fx.Graph) -> fx.Graph:
+        for found in site_nodes(graph).values():
+            if found.host is None:
+                continue
+            others = (Role.FPROP, Role.DGRAD if found.host is Role.WGRAD else Role.WGRAD)
+            pairs = [list(operands(found.roles[role])) if role in found.roles else [] for role in others]
+            node = found.roles[found.host]
+            args = (*operands(node), *pairs, self.session, found.site, found.host.value)
+            _replace(graph, node, self.operation, args)
+        return graph
+
+
+def _replace(graph: fx.Graph, node: fx.Node, target: Target, args: tuple[object, ...]) -> None:
+    with graph.inserting_before(node):
+        call = insert(graph, target, args, node)
+    for key in (MATMUL, ASSIGNMENT):
+        call.meta[key] = node.meta[key]
+    node.replace_all_uses_with(call)
+    graph.erase_node(node)
