@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from nvfp4c.codegen import cached_weight, operations
 from nvfp4c.codegen.launching import Launch, compile_ahead
-from nvfp4c.dialect import DEQUANTIZE, PRODUCT, REGION, WEIGHT, arguments
+from nvfp4c.dialect import DEQUANTIZE, PRODUCT, REGION, WEIGHT, arguments, numbers
 from nvfp4c.region import Region
 
 KERNELS = (REGION, DEQUANTIZE, WEIGHT, PRODUCT)
@@ -86,8 +86,3 @@ def _known(x: Tensor) -> bool:
     """Whether every size has an example; what depends on data has none."""
     sizes: Sequence[int | torch.SymInt] = x.shape
     return all(size.node.has_hint() for size in sizes if isinstance(size, torch.SymInt))
-
-
-def numbers(sizes: Sequence[int | torch.SymInt]) -> tuple[int, ...]:
-    """Sizes, symbolic ones at their example values."""
-    return tuple(int(size.node.hint) if isinstance(size, torch.SymInt) else size for size in sizes)

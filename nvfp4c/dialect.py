@@ -405,6 +405,11 @@ def assignment_of(node: fx.Node) -> Assignment | None:
     return found if isinstance(found, Assignment) else None
 
 
+def numbers(sizes: Sequence[int | torch.SymInt]) -> tuple[int, ...]:
+    """Sizes, symbolic ones at their example values."""
+    return tuple(int(size.node.hint) if isinstance(size, torch.SymInt) else size for size in sizes)
+
+
 @dataclass(frozen=True)
 class KernelTable:
     """What `lower` puts in place of the operations on one target.

@@ -31,9 +31,9 @@ from nvfp4c import options as option_parsing
 from nvfp4c.codegen import block_scaled_gemm, emit, kernels, operations
 from nvfp4c.codegen.assembly import Assembly, assemble
 from nvfp4c.codegen.chips import TARGETS
-from nvfp4c.codegen.launches import launches, numbers
+from nvfp4c.codegen.launches import launches
 from nvfp4c.codegen.launching import Launch
-from nvfp4c.dialect import BLOCK_SCALED_MM, PRODUCT, REGION, arguments
+from nvfp4c.dialect import BLOCK_SCALED_MM, PRODUCT, REGION, arguments, numbers
 from nvfp4c.errors import OptionError, TargetError, nearest
 from nvfp4c.fused_graphs import Half, fused_graphs, sites
 from nvfp4c.region import Region

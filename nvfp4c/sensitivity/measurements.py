@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ VERSION = 1
 OCTAVES = 32
 """Bins of a histogram of magnitudes: bin i counts amax * 2^-(i+1) < |x| <= amax * 2^-i, the last also all below it."""
 
+LOSS_TERMS = ("first", "diagonal", "rows", "samples")
+OPERAND_SUMS = ("elements", "signal", "noise", "fourth", "vanished", "saturated", "zeros")
+OPERAND_COUNTS = ("before", "after", "scales")
 SCALE_BINS = 16
 """Bins of a histogram of block scales: one for each exponent of E4M3, from subnormals to 2^8."""
 
@@ -63,9 +67,10 @@ class RoleMeasure:
     operations: multiplications and additions of a batch, 2 m n k. signal: sum of y^2. noise: sum of e^2, with
     e = y_q - y. aligned: sum of e y, what the error shares with the result.
     For fprop also what the error does to the loss, means over batches, in units of the loss, with g = dL/dy:
-    first: sum of g e, the signed first-order change. diagonal: sum of (g e)^2 over elements. rows: sum over rows of
-    (sum of g e in the row)^2, times the number of rows and 1/2: the second-order change by the empirical Fisher matrix
-    of a loss that is a mean over rows.
+    first: sum of g e, the signed first-order change; first_error: the standard error of that mean, None of one batch.
+    diagonal: sum of (g e)^2 over elements. rows: n/2 times the sum over n rows of (sum of g e in the row)^2; samples:
+    the same over what lies together in the first dimension. Each is the second-order change by the empirical Fisher
+    matrix of a loss that is a mean over n independent rows (tokens), or samples (sequences).
     """
 
     role: str
@@ -78,8 +83,10 @@ class RoleMeasure:
     aligned: float
     operands: tuple[OperandMeasure, ...]
     first: float | None = None
+    first_error: float | None = None
     diagonal: float | None = None
     rows: float | None = None
+    samples: float | None = None
 
     @property
     def snr_db(self) -> float:
@@ -142,6 +149,54 @@ class Measurements:
         write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=True) + "\n")
 
 
+def merged(parts: Sequence[Measurements]) -> Measurements:
+    """Measurements of several sets of batches as one of all of them. They are of the same model and recipe."""
+    sites = {site.site: site for part in parts for site in part.sites}
+    found = {name: [site for part in parts for site in part.sites if site.site == name] for name in sites}
+    batches = sum(part.batches for part in parts)
+    return Measurements(
+        sites=tuple(_merged_site(measured) for measured in found.values()),
+        loss=sum(part.loss * part.batches for part in parts) / batches,
+        batches=batches,
+        provenance=parts[0].provenance,
+    )
+
+
+def _merged_site(parts: Sequence[SiteMeasure]) -> SiteMeasure:
+    names = dict.fromkeys(role for part in parts for role in part.roles)
+    roles = {name: _merged_role([part.roles[name] for part in parts if name in part.roles]) for name in names}
+    return replace(parts[0], roles=roles, obstacle=None if roles else parts[0].obstacle)
+
+
+def _merged_role(parts: Sequence[RoleMeasure]) -> RoleMeasure:
+    firsts = [part.first for part in parts if part.first is not None]
+    terms: dict[str, Any] = {name: _mean([getattr(part, name) for part in parts]) for name in LOSS_TERMS}
+    operands = [_merged_operand(each) for each in zip(*(part.operands for part in parts), strict=True)]
+    return replace(
+        parts[0],
+        operations=sum(part.operations for part in parts) / len(parts),
+        signal=sum(part.signal for part in parts),
+        noise=sum(part.noise for part in parts),
+        aligned=sum(part.aligned for part in parts),
+        operands=tuple(operands),
+        **terms,
+        first_error=statistics.stdev(firsts) / math.sqrt(len(firsts)) if len(firsts) > 1 else None,
+    )
+
+
+def _merged_operand(parts: Sequence[OperandMeasure]) -> OperandMeasure:
+    sums: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in OPERAND_SUMS}
+    counts: dict[str, Any] = {
+        name: tuple(map(sum, zip(*(getattr(part, name) for part in parts), strict=True))) for name in OPERAND_COUNTS
+    }
+    return OperandMeasure(operand=parts[0].operand, **sums, **counts)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
 def load(path: Path) -> Measurements:
     """Read what `save` wrote. Raises DataError for a file that is none of it. Nothing in the file is executed."""
     try:
@@ -169,7 +224,7 @@ def _site(data: dict[str, Any]) -> SiteMeasure:
 
 
 def _operand(data: dict[str, Any]) -> OperandMeasure:
-    return OperandMeasure(**{**data, **{name: tuple(data[name]) for name in ("before", "after", "scales")}})
+    return OperandMeasure(**{**data, **{name: tuple(data[name]) for name in OPERAND_COUNTS}})
 
 
 def decibels(signal: float, noise: float) -> float:

@@ -7,6 +7,7 @@ are kept. So every site is measured with all others exact: scores of sites say n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from nvfp4c import numerics
-from nvfp4c.dialect import Assignment, Matmul, Operand, Quantization, Role
+from nvfp4c.dialect import Assignment, Matmul, Operand, Quantization, Role, numbers
 from nvfp4c.formats import BLOCK, E2M1_MAX, GLOBAL_MAX
-from nvfp4c.passes.intercept import site_nodes
+from nvfp4c.passes.intercept import SiteNodes, operands, site_nodes
 from nvfp4c.passes.matmul_graph import block_of
 from nvfp4c.sensitivity.measurements import OCTAVES, SCALE_BINS, OperandMeasure, RoleMeasure, SiteMeasure
 from nvfp4c.sensitivity.quantized import Quantized, product, quantized
@@ -27,24 +28,29 @@ SAMPLE = 1 << 14
 error is summed over everything."""
 
 
+NO_GRADIENT = "no gradient reaches it, so what it does to the loss cannot be measured"
 RECENT = 4
 """Quantised operands that are kept for the next sites."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """What the graph says of a site: its place in the model, and how each role's operands are arranged."""
+    """What the graph says of a site: its place in the model, and how each role's operands are arranged.
+
+    group: rows of the input that belong to one sample; 1 where the graph does not say.
+    """
 
     name: str
     weight: str
     weight_elements: int
     reads: int
+    group: int
     roles: dict[str, tuple[Matmul, Assignment]]
 
 
 @dataclass
 class Probe:
-    """Watches a model, see `intercepted.observed`. Call `measures` after the last backward pass."""
+    """Watches a model, see `intercepted.observed`. Call `take` after the backward pass of a batch."""
 
     seed: int = 0
     sites: dict[str, Site] = field(default_factory=dict)
@@ -63,7 +69,7 @@ class Probe:
             roles = {role.value: (found.matmul(role), found.assignment(role)) for role in found.roles}
             elements = found.weight.meta["val"].numel()
             weight = described.names[0] if described.names else found.site
-            self.sites[found.site] = Site(found.site, weight, int(elements), reads, roles)
+            self.sites[found.site] = Site(found.site, weight, int(elements), reads, _group(found), roles)
 
     def matmul(self, left: Tensor, right: Tensor, bias: Tensor | None, site: str, role: str) -> Tensor:
         raise AssertionError("a probe watches; it decides nothing")
@@ -87,18 +93,20 @@ class Probe:
     ) -> None:
         matmul, assignment = self.sites[site].roles[role]
         rows = pair[0], pair[1].mT
-        operands: list[Quantized | Tensor] = []
+        quantities: list[Quantized | Tensor] = []
         sums = self._sums.setdefault((site, role), _Sums(matmul.operands))
         for place, (x, how) in enumerate(zip(rows, (assignment.left, assignment.right), strict=True)):
             if how is None:
-                operands.append(x)
+                quantities.append(x)
                 continue
             operand = self._quantized(x, how)
             sums.add_operand(place, operand, how.block)
-            operands.append(operand)
+            quantities.append(operand)
         exact = torch.matmul(*pair) if exact is None else exact
-        sums.add_result(exact, product(*operands), gradient, x_rows=matmul.operands[0] is not Operand.WEIGHT)
-        sums.shape = (exact.shape[:-1].numel(), exact.shape[-1], pair[0].shape[-1])
+        found = product(*quantities)
+        if matmul.operands[0] is Operand.WEIGHT:  # then a result has a column for each row of x
+            exact, found = exact.mT, found.mT
+        sums.add_result(exact, found, gradient, self.sites[site].group, pair[0].shape[-1])
 
     def _quantized(self, x: Tensor, how: Quantization) -> Quantized:
         """Neighbouring sites often read the same tensor: the last ones are kept for them."""
@@ -110,8 +118,9 @@ class Probe:
         self._recent = [(x, how, operand), *self._recent][:RECENT]
         return operand
 
-    def measures(self, batches: int) -> tuple[SiteMeasure, ...]:
-        """Every site that was captured, in forward order; loss terms and operations as means over so many batches."""
+    def take(self) -> tuple[SiteMeasure, ...]:
+        """Every site that was captured, in forward order, and what was measured since the last time."""
+        sums, self._sums, self._recent = self._sums, {}, []
         return tuple(
             SiteMeasure(
                 site=site.name,
@@ -121,13 +130,23 @@ class Probe:
                 weight_elements=site.weight_elements,
                 reads=site.reads,
                 roles={
-                    role: self._sums[site.name, role].measure(role, batches)
+                    role: sums[site.name, role].measure(role)
                     for role in ("fprop", "dgrad", "wgrad")
-                    if (site.name, role) in self._sums
+                    if (site.name, role) in sums
                 },
+                obstacle=None if any(key[0] == site.name for key in sums) else NO_GRADIENT,
             )
             for site in self.sites.values()
         )
+
+
+def _group(found: SiteNodes) -> int:
+    """Samples lie along the first of three or more dimensions of what the site reads."""
+    shape = numbers(found.input.meta["val"].shape)
+    role = next(role for role in found.roles if Operand.INPUT in found.matmul(role).operands)
+    place = found.matmul(role).operands.index(Operand.INPUT)
+    rows = math.prod(numbers(operands(found.roles[role])[place].meta["val"].shape)) // shape[-1] if shape[-1] else 0
+    return rows // shape[0] if len(shape) > 2 and shape[0] and rows % shape[0] == 0 else 1
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
@@ -145,24 +164,25 @@ class _Sums:
     """Running sums of one role of a site."""
 
     def __init__(self, kinds: tuple[Operand, Operand]) -> None:
-        self.shape = (0, 0, 0)
         self._kinds = kinds
-        self._result = [0.0] * 6
-        self._operations = 0.0
+        self._shape = (0, 0, 0)
+        self._result = [0.0] * 7
         self._operands: dict[int, list[float]] = {}
 
-    def add_result(self, exact: Tensor, found: Tensor, gradient: Tensor | None, x_rows: bool) -> None:
-        """gradient: of the result, with a row for each row of x. x_rows: whether the result's rows are those too."""
+    def add_result(self, exact: Tensor, found: Tensor, gradient: Tensor | None, group: int, k: int) -> None:
+        """exact, found: [.., M, N], sums of k products. gradient: of fprop. group: rows that belong to one sample."""
         y = exact.float()
         error = found - y
         terms = [_dot(y, y), _dot(error, error), _dot(error, y)]
         if gradient is not None:
-            errors = error if x_rows else error.mT
-            change = errors * gradient.reshape(errors.shape).float()
-            by_row = change.sum(-1)
-            terms += [by_row.sum(), _dot(change, change), _dot(by_row, by_row) * (by_row.numel() / 2)]
+            change = error * gradient.reshape(error.shape).float()
+            by_row = change.sum(-1).flatten()
+            by_sample = by_row.unflatten(0, (-1, group)).sum(1) if by_row.numel() % group == 0 else by_row
+            terms += [by_row.sum(), _dot(change, change)]
+            terms += [_dot(sums, sums) * (sums.numel() / 2) for sums in (by_row, by_sample)]
         for place, value in enumerate(torch.stack(terms).tolist()):
             self._result[place] += value
+        self._shape = (exact.shape[:-1].numel(), exact.shape[-1], k)
 
     def add_operand(self, place: int, operand: Quantized, block: tuple[int, int]) -> None:
         found = _statistics(operand, block).tolist()
@@ -170,9 +190,10 @@ class _Sums:
         for index, value in enumerate(found):
             sums[index] += value
 
-    def measure(self, role: str, batches: int) -> RoleMeasure:
-        signal, noise, aligned, first, diagonal, rows = self._result
-        m, n, k = self.shape
+    def measure(self, role: str) -> RoleMeasure:
+        signal, noise, aligned, *change = self._result
+        m, n, k = self._shape
+        loss = dict(zip(("first", "diagonal", "rows", "samples"), change, strict=True))
         return RoleMeasure(
             role=role,
             m=m,
@@ -185,9 +206,7 @@ class _Sums:
             operands=tuple(
                 _operand_measure(self._kinds[place].value, sums) for place, sums in sorted(self._operands.items())
             ),
-            first=first / batches if role == "fprop" else None,
-            diagonal=diagonal / batches if role == "fprop" else None,
-            rows=rows / batches if role == "fprop" else None,
+            **(loss if role == Role.FPROP.value else {}),
         )
 
 

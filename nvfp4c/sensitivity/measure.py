@@ -1,0 +1,183 @@
+"""Measure a model on batches with a loss: one forward and backward pass a batch, in high precision.
+
+    probe ── part of each batch, on disk where a folder is given ── merged measurements
+A run that was interrupted goes on where it stopped: parts that are there are not measured again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import nvfp4c
+from nvfp4c import recipe as recipes
+from nvfp4c.errors import DataError
+from nvfp4c.recipe import Recipe
+from nvfp4c.sensitivity import measurements
+from nvfp4c.sensitivity.intercepted import observed
+from nvfp4c.sensitivity.measurements import Measurements, merged
+from nvfp4c.sensitivity.probe import Probe
+
+Watch = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and of how much."""
+
+
+def everywhere(recipe: str | Recipe) -> Recipe:
+    """A recipe without its own choice of layers: what every site would be quantised as."""
+    return dataclasses.replace(
+        recipes.get(recipe), keep_head=False, bf16_names=(), bf16_last_share=0.0, bf16_first_blocks=0
+    )
+
+
+def measure(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss: Callable[[Any, Any], Tensor],
+    recipe: str | Recipe = recipes.DEFAULT_RECIPE,
+    seed: int = 0,
+    folder: Path | None = None,
+    watch: Watch | None = None,
+) -> Measurements:
+    """Measure what FP4 costs at every site and role. The model, its gradients and torch's generator stay as they are.
+
+    folder: where the parts of batches are kept, and found again. Raises DataError for batches that cannot be used, a
+    loss that is not finite or needs no gradient, and a model without a matmul that can run in FP4.
+    """
+    check_batches(batches)
+    watch = watch or (lambda what, done, of: None)
+    chosen = everywhere(recipe)
+    provenance = provenance_of(model, batches, chosen, seed)
+    probe = Probe(seed)
+    watched = observed(model, chosen, probe)
+    parts = []
+    with as_it_was(model):
+        for number, batch in enumerate(batches):
+            watch("measuring", number, len(batches))
+            path = None if folder is None else folder / f"part-{number:04d}.json"
+            part = None if path is None else _kept(path, provenance)
+            if part is None:
+                part = _measured(model, watched, batch, loss, probe, number, provenance)
+                if path is not None:
+                    part.save(path)
+            parts.append(part)
+    watch("measuring", len(batches), len(batches))
+    found = merged(parts)
+    if not found.sites:
+        raise DataError("the model has no matmul with a weight that can run in FP4, so there is nothing to measure")
+    if all(site.obstacle for site in found.sites):
+        raise DataError(
+            "no gradient reaches any matmul with a weight; let the model's parameters require gradients, "
+            "and compute the loss from what the model returns"
+        )
+    return found
+
+
+def _measured(
+    model: nn.Module,
+    watched: Callable[..., Any],
+    batch: Any,
+    loss: Callable[[Any, Any], Tensor],
+    probe: Probe,
+    number: int,
+    provenance: dict[str, Any],
+) -> Measurements:
+    model.zero_grad(set_to_none=True)
+    value = loss(watched, batch)
+    check_loss(value, number)
+    if not value.requires_grad:
+        raise DataError(
+            "the loss needs no gradient; let the model's parameters require gradients, "
+            "and compute the loss from what the model returns, not under torch.no_grad()"
+        )
+    value.backward()
+    return Measurements(probe.take(), float(value), 1, provenance)
+
+
+def check_batches(batches: Sequence[Any]) -> None:
+    """Raise DataError for no batches, and for batches that are not all built alike."""
+    if not batches:
+        raise DataError("there are no batches; at least one is needed")
+    first = pytree.tree_structure(batches[0])
+    for number, batch in enumerate(batches):
+        if pytree.tree_structure(batch) != first:
+            raise DataError(
+                f"batch {number} is built differently from batch 0: {pytree.tree_structure(batch)} against {first}; "
+                "give every batch the same structure"
+            )
+
+
+def check_loss(value: Tensor, number: int) -> None:
+    """Raise DataError for a loss that is no finite scalar."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise DataError(f"the loss of batch {number} is no scalar tensor but {shape}; return a mean over the batch")
+    if not math.isfinite(float(value)):
+        raise DataError(
+            f"the loss of batch {number} is {float(value)}; it must be finite in high precision, so look at "
+            "that batch and at the model's weights"
+        )
+
+
+def provenance_of(model: nn.Module, batches: Sequence[Any], recipe: Recipe, seed: int) -> dict[str, Any]:
+    """What is needed to measure the same again."""
+    parameters = list(model.named_parameters())
+    return {
+        "model": type(model).__name__,
+        "parameters": sum(parameter.numel() for _, parameter in parameters),
+        "weights_hash": digest([parameter for _, parameter in parameters]),
+        "data_hash": digest(pytree.tree_leaves(list(batches))),
+        "batches": len(batches),
+        "recipe": json.loads(json.dumps(recipe.to_dict())),
+        "seed": seed,
+        "device": next((str(parameter.device) for _, parameter in parameters), "cpu"),
+        "versions": {
+            "nvfp4c": nvfp4c.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def digest(values: Sequence[Any]) -> str:
+    """A hash of tensors by type, shape and contents, and of anything else by its text."""
+    found = hashlib.sha256()
+    for value in values:
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous()
+            found.update(f"{flat.dtype}{tuple(flat.shape)}".encode())
+            found.update(flat.reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            found.update(repr(value).encode())
+    return found.hexdigest()[:16]
+
+
+def _kept(path: Path, provenance: dict[str, Any]) -> Measurements | None:
+    """A part that an earlier run left, if it is of the very same measurement."""
+    if not path.exists():
+        return None
+    part = measurements.load(path)
+    return part if part.provenance == provenance else None
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Gradients of parameters, and torch's generators, are afterwards what they were before."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    devices = {parameter.device for parameter, _ in gradients if parameter.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient

@@ -1,0 +1,68 @@
+"""Plans run for real without compiling each: a model whose matmuls look up, at every call, whether they run in FP4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from nvfp4c.dialect import Assignment
+from nvfp4c.passes.intercept import site_nodes
+from nvfp4c.recipe import Recipe
+from nvfp4c.sensitivity.analysis import Key
+from nvfp4c.sensitivity.intercepted import switched
+from nvfp4c.sensitivity.quantized import Quantized, product, quantized
+from nvfp4c.sites import ModelNames
+
+
+@dataclass
+class Switches:
+    """Watches a model, see `intercepted.switched`. fp4: what runs in FP4 from now on. seed: of stochastic rounding."""
+
+    fp4: frozenset[Key] = frozenset()
+    seed: int = 0
+    known: dict[Key, Assignment] = field(default_factory=dict)
+    _stream: int = 0
+
+    def captured(self, graph: fx.Graph, names: ModelNames) -> None:
+        for found in site_nodes(graph).values():
+            for role in found.roles:
+                self.known[found.site, role.value] = found.assignment(role)
+
+    def matmul(self, left: Tensor, right: Tensor, bias: Tensor | None, site: str, role: str) -> Tensor:
+        if (site, role) not in self.fp4:
+            return _plain(left, right, bias)
+        assignment = self.known[site, role]
+        operands: list[Quantized | Tensor] = []
+        for x, how in zip((left, right.mT), (assignment.left, assignment.right), strict=True):
+            self._stream += 1
+            seed = torch.tensor(self.seed, device=x.device)
+            operands.append(x if how is None else quantized(x, how, seed, self._stream))
+        found = product(*operands)
+        return (found if bias is None else found + bias.float()).to(left.dtype)
+
+    def observe(self, *_: Any) -> Tensor:
+        raise AssertionError("switches decide; they watch nothing")
+
+
+def _plain(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return torch.mm(left, right) if left.dim() == 2 else torch.bmm(left, right)
+    return torch.addmm(bias, left, right) if left.dim() == 2 else torch.baddbmm(bias, left, right)
+
+
+class SwitchedModel:
+    """A model under a recipe, to be run with any choice of what is in FP4."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self._switches = Switches()
+        self._model = switched(model, recipe, self._switches)
+
+    @torch.no_grad()
+    def losses(self, fp4: Iterable[Key], batches: Sequence[Any], loss: Callable[..., Tensor]) -> tuple[float, ...]:
+        """The loss of each batch with these sites and roles in FP4, all others as they are."""
+        self._switches.fp4 = frozenset(fp4)
+        return tuple(float(loss(self._model, batch)) for batch in batches)
