@@ -26,8 +26,8 @@ from nvfp4c.passes.graph_edit import backward_nodes, insert
 
 @dataclass(frozen=True)
 class SiteNodes:
-    """A site in one graph. roles: its first matmul of each role that can run in FP4, in the order of the graph.
-    weight, input: where its operands come from, before casts and rearrangements."""
+    """A site in one graph, some role of which runs in FP4. roles: its first matmul of each role, in whatever precision,
+    in the order of the graph. weight, input: where its operands come from, before casts and rearrangements."""
 
     site: str
     roles: dict[Role, fx.Node]
@@ -57,16 +57,20 @@ def operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def site_nodes(graph: fx.Graph) -> dict[str, SiteNodes]:
-    """Every site of a graph some role of which can run in FP4, in forward order. A graph that `assign` has seen."""
+    """Every site of a graph some role of which runs in FP4, in forward order. A graph that `assign` has seen."""
     backward = backward_nodes(graph)
     roles: dict[str, dict[Role, fx.Node]] = {}
     for node in graph.nodes:
-        matmul = _in_fp4(node)
+        matmul = matmul_of(node)
+        if matmul is None or matmul.obstacle is not None:
+            continue
         # A forward matmul that is computed again in backward counts once.
-        if matmul is not None and (matmul.role is not Role.FPROP or node not in backward):
+        if matmul.role is not Role.FPROP or node not in backward:
             roles.setdefault(matmul.site, {}).setdefault(matmul.role, node)
     found = {}
     for site, nodes in roles.items():
+        if all(_in_fp4(node) is None for node in nodes.values()):
+            continue
         weight = _origin_of(nodes, Operand.WEIGHT)
         read = _origin_of(nodes, Operand.INPUT)
         if weight is not None and read is not None:

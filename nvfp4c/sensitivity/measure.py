@@ -93,6 +93,7 @@ def _measured(
     provenance: dict[str, Any],
 ) -> Measurements:
     model.zero_grad(set_to_none=True)
+    probe.begin(number)
     value = loss(watched, batch)
     check_loss(value, number)
     if not value.requires_grad:
@@ -101,7 +102,7 @@ def _measured(
             "and compute the loss from what the model returns, not under torch.no_grad()"
         )
     value.backward()
-    return Measurements(probe.take(), float(value), 1, provenance)
+    return Measurements(probe.take(), value.item(), 1, provenance)
 
 
 def check_batches(batches: Sequence[Any]) -> None:
@@ -122,9 +123,9 @@ def check_loss(value: Tensor, number: int) -> None:
     if not isinstance(value, Tensor) or value.numel() != 1:
         shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise DataError(f"the loss of batch {number} is no scalar tensor but {shape}; return a mean over the batch")
-    if not math.isfinite(float(value)):
+    if not math.isfinite(value.item()):
         raise DataError(
-            f"the loss of batch {number} is {float(value)}; it must be finite in high precision, so look at "
+            f"the loss of batch {number} is {value.item()}; it must be finite in high precision, so look at "
             "that batch and at the model's weights"
         )
 

@@ -28,6 +28,9 @@ SAMPLE = 1 << 14
 error is summed over everything."""
 
 
+STREAM_BITS = 24
+"""Streams that a batch may use up: one for each operand that is quantised."""
+
 NO_GRADIENT = "no gradient reaches it, so what it does to the loss cannot be measured"
 RECENT = 4
 """Quantised operands that are kept for the next sites."""
@@ -50,7 +53,7 @@ class Site:
 
 @dataclass
 class Probe:
-    """Watches a model, see `intercepted.observed`. Call `take` after the backward pass of a batch."""
+    """Watches a model, see `intercepted.observed`. Call `begin` before each batch, and `take` after."""
 
     seed: int = 0
     sites: dict[str, Site] = field(default_factory=dict)
@@ -92,6 +95,8 @@ class Probe:
         self, site: str, role: str, pair: tuple[Tensor, Tensor], exact: Tensor | None, gradient: Tensor | None
     ) -> None:
         matmul, assignment = self.sites[site].roles[role]
+        if assignment.precision == "bf16":
+            return
         rows = pair[0], pair[1].mT
         quantities: list[Quantized | Tensor] = []
         sums = self._sums.setdefault((site, role), _Sums(matmul.operands))
@@ -117,6 +122,10 @@ class Probe:
         operand = quantized(x, how, torch.tensor(self.seed, device=x.device), self._stream)
         self._recent = [(x, how, operand), *self._recent][:RECENT]
         return operand
+
+    def begin(self, batch: int) -> None:
+        """Random numbers of a batch are its own, whatever was measured before it."""
+        self._stream = batch << STREAM_BITS
 
     def take(self) -> tuple[SiteMeasure, ...]:
         """Every site that was captured, in forward order, and what was measured since the last time."""
