@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nvfp4c.numerics import NVFP4Tensor
     from nvfp4c.plan import PrecisionPlan
     from nvfp4c.recipe import RECIPES, Recipe
+    from nvfp4c.schedule import set_plan
     from nvfp4c.weight_cache import clear_weight_cache, weight_cache_info
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ _HOMES = {
     "Row": "explanation",
     "clear_weight_cache": "weight_cache",
     "explain": "explanation",
+    "set_plan": "schedule",
     "weight_cache_info": "weight_cache",
 }
 
@@ -42,6 +44,7 @@ __all__ = [
     "__version__",
     "clear_weight_cache",
     "explain",
+    "set_plan",
     "weight_cache_info",
 ]
 

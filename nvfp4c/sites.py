@@ -116,11 +116,10 @@ def names_of(gm: fx.GraphModule, inputs: Iterable[object], root: nn.Module | Non
     modules = None
     weights: tuple[str, ...] = ()
     if root is not None:
-        held = (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))
-        for name, tensor in held:
+        for name, tensor in _held(root):
             known.setdefault(id(tensor), []).append(name)
         modules = {str(id(module)): name for name, module in root.named_modules()}
-        weights = tuple(name.removesuffix(".weight") for name, tensor in held if tensor.dim() >= 2)
+        weights = weight_sites(root)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     found = [(_source(node), node.name, value) for node, value in zip(placeholders, inputs, strict=True)]
     arguments_are_data = any(_is_held(source, value) for source, _, value in found)
@@ -130,6 +129,16 @@ def names_of(gm: fx.GraphModule, inputs: Iterable[object], root: nn.Module | Non
         for name, tensor in (*gm.named_parameters(), *gm.named_buffers())
     }
     return ModelNames(described, modules, weights, own)
+
+
+def weight_sites(root: nn.Module) -> tuple[str, ...]:
+    """Names of all sites that a model could have, each after its weight; what rules of a plan are checked against."""
+    return tuple(name.removesuffix(".weight") for name, tensor in _held(root) if tensor.dim() >= 2)
+
+
+def _held(root: nn.Module) -> tuple[tuple[str, torch.Tensor], ...]:
+    """Parameters and buffers of a model; tied ones under each of their names."""
+    return (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))
 
 
 def _source(placeholder: fx.Node) -> str:

@@ -12,6 +12,7 @@ from nvfp4c.cli.bench import bench
 from nvfp4c.cli.doctor import doctor
 from nvfp4c.cli.emit import emit
 from nvfp4c.cli.explain import explain
+from nvfp4c.cli.plan import plan
 from nvfp4c.cli.quickstart import quickstart
 from nvfp4c.errors import Nvfp4Error
 
@@ -53,6 +54,7 @@ app = typer.Typer(
 )
 for command in (quickstart, doctor, explain, emit):
     app.command()(command)
+app.add_typer(plan, name="plan")
 app.add_typer(bench, name="bench")
 
 
