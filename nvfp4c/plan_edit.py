@@ -75,13 +75,14 @@ def edited(plan: PrecisionPlan, rules: Sequence[Rule]) -> PrecisionPlan:
 
 def _with_rule(rules: Sequence[Rule], new: Rule) -> tuple[Rule, ...]:
     """A pattern stands once in a plan, and the last rule wins. So the new rule goes to the end and takes along what it
-    leaves of the old one, or the old one is changed where it is, whichever changes nothing else."""
+    and later rules leave of the old one, or the old one is changed where it is, whichever changes nothing else."""
     place = next((place for place, rule in enumerate(rules) if rule.pattern == new.pattern), None)
     if place is None:
         return (*rules, new)
     old, later = rules[place], [rule for rule in rules[place + 1 :] if _overlap(rule, new)]
-    joined = Rule(new.pattern, {**old.precision, **new.precision})
-    left = old.precision.keys() - new.precision.keys()
+    taken = {role for rule in later if _covers(rule, old) for role in rule.precision}
+    kept = {role: precision for role, precision in old.precision.items() if role not in taken}
+    joined, left = Rule(new.pattern, {**kept, **new.precision}), kept.keys() - new.precision.keys()
     if not any(left & rule.precision.keys() for rule in later):
         return (*rules[:place], *rules[place + 1 :], joined)
     if not any(new.precision.keys() & rule.precision.keys() for rule in later):
@@ -94,8 +95,16 @@ def _with_rule(rules: Sequence[Rule], new: Rule) -> tuple[Rule, ...]:
 
 def _overlap(one: Rule, other: Rule) -> bool:
     """Whether two patterns may name the same site: exact where one of them is a plain name, else never ruled out."""
-    both_wild = all(any(sign in rule.pattern for sign in WILD) for rule in (one, other))
-    return both_wild or one.matches(other.pattern) or other.matches(one.pattern)
+    return not (_plain(one) or _plain(other)) or one.matches(other.pattern) or other.matches(one.pattern)
+
+
+def _covers(one: Rule, other: Rule) -> bool:
+    """Whether a pattern surely names every site that the other does."""
+    return one.pattern == "*" or (_plain(other) and one.matches(other.pattern))
+
+
+def _plain(rule: Rule) -> bool:
+    return not any(sign in rule.pattern for sign in WILD)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def effect(plan: PrecisionPlan, task: Task, recipe: str | None = None) -> PlanEf
             PrecisionPlan((rule,)).check_sites(sites)
             known.append(rule)
         except PlanError as error:
-            warnings.append(f"{error}; torch.compile refuses it")
+            warnings.append(f"torch.compile refuses this plan: {error}")
     accepted = PrecisionPlan(tuple(known))
     explanation = explain(task.model, *task.example(), loss=task.loss, recipe=recipe, plan=accepted)
     rows = explanation.rows

@@ -46,12 +46,15 @@ def test_help_names_the_commands_and_needs_no_torch():
     code = "import sys, nvfp4c.cli as cli\ntry: cli.main()\nfinally: print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
     assert found.returncode == 0
-    for command in ("quickstart", "doctor", "explain", "emit", "bench"):
+    for command in ("quickstart", "doctor", "explain", "emit", "plan", "bench"):
         assert command in found.stdout
     assert found.stdout.splitlines()[-1] == "False"
 
 
-@pytest.mark.parametrize("command", ["quickstart", "doctor", "explain", "emit", "bench kernels", "bench train"])
+@pytest.mark.parametrize(
+    "command",
+    ["quickstart", "doctor", "explain", "emit", "plan show", "plan diff", "plan apply", "bench kernels", "bench train"],
+)
 def test_every_command_has_help(command):
     found = invoke(*command.split(), "--help")
     assert found.exit_code == 0

@@ -72,8 +72,9 @@ def diff(
 ) -> None:
     """Print how two plans differ: in their rules; with a model, also in what they mean for each of its layers.
 
-    The exit code is 0 where they are equal, 1 where they differ, and 2 for errors. With a model, plans are equal that
-    mean the same for it. Where plans come from is not compared.
+    The exit code is 0 where they are equal, 1 where they differ, 2 for errors.
+    With a model, plans are equal that mean the same for it.
+    Where plans come from is not compared.
     """
     from nvfp4c.plan import load
     from nvfp4c.plan_edit import compare
@@ -198,11 +199,20 @@ def effect_table(rows: Sequence[tuple[Row, Row]], every: bool) -> Table:
 
     table = _table("Layers of the model", ("layers", "role", "operations", "before", "after", "decided by"))
     joined = [
-        replace(new, precision=f"{old.precision} {new.precision}", reason=f"{old.reason} -> {new.reason}", kernel="")
+        replace(
+            new,
+            precision=f"{old.precision} {new.precision}",
+            reason=" -> ".join(dict.fromkeys((old.reason, new.reason))),
+            m=0,
+            n=0,
+            k=0,
+            left="",
+            right="",
+            kernel="",
+        )
         for old, new in rows
     ]
-    plain = [replace(row, m=0, n=0, k=0, left="", right="") for row in joined]
-    for line in single(plain) if every else group(plain):
+    for line in single(joined) if every else group(joined):
         before, after = line.row.precision.split()
         share = f"{line.row.share:.1%}"
         table.add_row(
