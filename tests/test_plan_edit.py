@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvfp4c.errors import PlanError
@@ -92,13 +92,18 @@ def test_where_no_place_is_right() -> None:
 
 
 SITES = ("a", "a#1", "b", "a.b", "a.c", "b.c")
-patterns = st.sampled_from(("a", "a#1", "b", "a.b", "a.c", "*", "a*", "a.*", "*.c", "[ab].c", "?"))
+patterns = st.sampled_from(("a", "a#1", "a.b", "*", "?", "a.*", "*.c", "[ab].c"))
 precisions = st.dictionaries(st.sampled_from(ROLES), st.sampled_from(PRECISIONS), min_size=1)
-plans = st.builds(from_rules, st.dictionaries(patterns, precisions, max_size=5))
+plans = st.builds(from_rules, st.dictionaries(patterns, precisions, min_size=2))
 
 
-@given(plan=plans, rule=st.builds(Rule, patterns, precisions))
-def test_what_the_rule_says_holds_and_nothing_else_changes(plan: PrecisionPlan, rule: Rule) -> None:
+@settings(max_examples=500)
+@given(plan=plans, place=st.integers(0, 1), precision=precisions)
+def test_what_the_rule_says_holds_and_nothing_else_changes(
+    plan: PrecisionPlan, place: int, precision: dict[str, str]
+) -> None:
+    """For a rule whose pattern is in the plan, with others after it."""
+    rule = Rule(plan.rules[place].pattern, precision)
     try:
         after = edited(plan, [rule])
     except PlanError as error:
