@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from nvfp4c.files import write_text
 from nvfp4c.grouping import Line, group, single, totals
+from nvfp4c.page import facts, script_json
 from nvfp4c.quickstart.compare import Comparison
-from nvfp4c.quickstart.results import finite, to_json
+from nvfp4c.quickstart.results import to_json
 from nvfp4c.quickstart.train import Run
 
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#5f6b7a"
@@ -50,15 +50,15 @@ def render(comparison: Comparison, command: str) -> str:
     }
     return template.substitute(
         plotly=get_plotlyjs(),
-        figures=_script_json({name: json.loads(figure.to_json()) for name, figure in figures.items()}),
-        config=_script_json(PLOT_CONFIG),
+        figures=script_json({name: json.loads(figure.to_json()) for name, figure in figures.items()}),
+        config=script_json(PLOT_CONFIG),
         verdict=html.escape(verdict(comparison)),
         runs=_table(*runs_table(comparison)),
         totals=html.escape(totals(comparison.explanation)),
         grouped=_table(SITE_COLUMNS, [site_cells(line) for line in group(comparison.explanation.rows)]),
         every=_table(SITE_COLUMNS, [site_cells(line) for line in single(comparison.explanation.rows)]),
-        settings=_facts(_settings(comparison)),
-        environment=_facts(comparison.environment),
+        settings=facts(_settings(comparison)),
+        environment=facts(comparison.environment),
         command=html.escape(command),
     )
 
@@ -207,15 +207,6 @@ def _loss(value: float) -> str:
 
 def _gibibytes(value: int | None) -> str:
     return "" if value is None else f"{value / 2**30:.2f}"
-
-
-def _script_json(value: Any) -> str:
-    """JSON that can stand inside a script element: nothing in it can end the element."""
-    return json.dumps(finite(value)).replace("<", "\\u003c")
-
-
-def _facts(facts: dict[str, str]) -> str:
-    return "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nvfp4c.errors import OptionError
+from nvfp4c.page import finite
 from nvfp4c.quickstart.train import Run
 
 
@@ -41,15 +42,6 @@ def run_from_dict(values: Mapping[str, Any]) -> Run:
 def to_json(value: Any) -> str:
     """Indented standard JSON; numbers that are not finite become null, which JSON has no other word for."""
     return json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
-
-
-def finite(value: Any) -> Any:
-    """`value` with null for each number in it that is not finite."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: float | None) -> float:

@@ -57,7 +57,7 @@ class OperandMeasure:
     @property
     def kurtosis(self) -> float:
         """E[x^4] / E[x^2]^2 about zero: 3 for a Gaussian, larger with outliers."""
-        return self.fourth * self.elements / self.signal**2 if self.signal else math.nan
+        return self.fourth / self.signal * self.elements / self.signal if self.signal else math.nan
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class RoleMeasure:
     @property
     def variance(self) -> float:
         """The part of the relative squared error that is not `bias`."""
-        return max(0.0, self.noise / self.signal - self.bias**2) if self.signal else math.nan
+        return max(self.noise / self.signal - self.bias * self.bias, 0.0) if self.signal else math.nan
 
 
 @dataclass(frozen=True)
@@ -231,4 +231,4 @@ def decibels(signal: float, noise: float) -> float:
     """10 log10(signal / noise): infinite without noise, NaN without signal."""
     if not signal:
         return math.nan
-    return 10 * math.log10(signal / noise) if noise else math.inf
+    return 10 * (math.log10(signal) - math.log10(noise)) if noise else math.inf
