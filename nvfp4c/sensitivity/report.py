@@ -1,0 +1,255 @@
+"""An analysis as one HTML page that needs no network: which matmuls can stand FP4, and what each plan costs.
+
+This file brings the numbers into the form the page needs; `report.html` says how the page reads, `report.js` what
+it does.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from statistics import fmean, stdev
+from string import Template
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+from scipy.special import stdtrit
+
+from nvfp4c.errors import DataError
+from nvfp4c.files import write_text
+from nvfp4c.page import facts, script_json
+from nvfp4c.recipe import ROLES
+from nvfp4c.sensitivity.analysis import Analysis, Candidate, Key
+from nvfp4c.sensitivity.measurements import OperandMeasure, RoleMeasure, SiteMeasure
+
+CONFIDENCE = 0.95
+
+KIND_WORDS = {
+    "solved": "solved for its budget",
+    "paper": "first and last blocks",
+    "weights": "ranked by the error of weights alone",
+    "random": "drawn at random",
+}
+
+
+def write(analysis: Analysis, path: Path) -> None:
+    """Write the page to `path`, whole or not at all. Raises DataError for an analysis without the plan it chose."""
+    write_text(path, render(analysis))
+
+
+def render(analysis: Analysis) -> str:
+    """The whole page as one string."""
+    folder = resources.files("nvfp4c.sensitivity")
+    template = Template((folder / "report.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        plotly=get_plotlyjs(),
+        script=(folder / "report.js").read_text(encoding="utf-8"),
+        data=script_json(page_data(analysis)),
+        verdict=html.escape(verdict(analysis)),
+        head=facts(_head(analysis)),
+        obstacles=_obstacles(analysis.measurements.sites),
+    )
+
+
+def page_data(analysis: Analysis) -> dict[str, Any]:
+    """Everything the page's script reads. `bf16` of a candidate are places in `matmuls`; shares are of 1."""
+    sites = analysis.measurements.sites
+    keys = [(site.site, role) for site in sites for role in ROLES if role in site.roles]
+    places = {key: place for place, key in enumerate(keys)}
+    total = sum(role.operations for site in sites for role in site.roles.values())
+    blocks = sorted({site.block for site in sites if site.block is not None})
+    lines = _lines(sites)
+    return {
+        "roles": ROLES,
+        "blocks": blocks,
+        "lines": list(dict.fromkeys(lines)),
+        "sites": [_site(site, line, blocks) for site, line in zip(sites, lines, strict=True)],
+        "matmuls": [
+            _matmul(place, site.roles[role], analysis, (site.site, role), total)
+            for place, site in enumerate(sites)
+            for role in ROLES
+            if role in site.roles
+        ],
+        "candidates": [_candidate(candidate, analysis, places) for candidate in analysis.candidates],
+        "chosen": analysis.candidates.index(_chosen(analysis)),
+    }
+
+
+def verdict(analysis: Analysis) -> str:
+    """The plan that was chosen, in plain sentences."""
+    return " ".join(plan_sentences(_chosen(analysis), analysis))
+
+
+def plan_sentences(candidate: Candidate, analysis: Analysis) -> list[str]:
+    """What a plan does, what it was predicted to cost, and what it really cost."""
+    loss, mean, half = analysis.measurements.loss, *mean_and_interval(candidate.measured or ())
+    part = f" ({candidate.predicted / loss:+.2%} of the loss)" if math.isfinite(candidate.predicted) and loss else ""
+    sentences = [
+        f"{1 - candidate.share:.1%} of all matmul operations run in FP4, {candidate.share:.1%} in high precision.",
+        f"Predicted rise of the loss: {_signed(candidate.predicted)} loss units{part}.",
+    ]
+    count = len(candidate.measured or ())
+    if not count:
+        sentences.append("This plan was not run.")
+    elif not math.isfinite(mean):
+        sentences.append(f"Run for real on {_counted(count, 'held-out batch')}, its loss was not finite.")
+    else:
+        spread = f" ± {half:.2g}" if math.isfinite(half) else ""
+        known = f"mean and {CONFIDENCE:.0%} interval" if spread else "mean"
+        sentences.append(
+            f"Measured rise: {_signed(mean)}{spread} loss units ({known}, {_counted(count, 'held-out batch')})."
+        )
+    return sentences
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95% interval by Student's t; NaN where there are too few values."""
+    if len(values) < 2 or not all(math.isfinite(value) for value in values):
+        return (fmean(values) if values else math.nan), math.nan
+    quantile = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))
+    return fmean(values), quantile * stdev(values) / math.sqrt(len(values))
+
+
+def _chosen(analysis: Analysis) -> Candidate:
+    for candidate in analysis.candidates:
+        if candidate.name == analysis.chosen:
+            return candidate
+    raise DataError(f"the analysis chose the plan {analysis.chosen!r} but does not hold it; solve again")
+
+
+def _lines(sites: Sequence[SiteMeasure]) -> list[str]:
+    """The row of each site in a map: its projection, or its name where it stands outside the blocks.
+
+    Two stacks of blocks can have the same projections; then the row is the name with a star for the block.
+    """
+    patterns = [
+        site.site if site.block is None else re.sub(rf"(^|\.){site.block}(?=\.|$)", r"\1*", site.site, count=1)
+        for site in sites
+    ]
+    uses = Counter(projection for projection, _ in {(s.projection, p) for s, p in zip(sites, patterns, strict=True)})
+    return [
+        pattern if site.block is None or uses[site.projection] > 1 else site.projection
+        for site, pattern in zip(sites, patterns, strict=True)
+    ]
+
+
+def _site(site: SiteMeasure, line: str, blocks: Sequence[int]) -> dict[str, Any]:
+    return {
+        "name": site.site,
+        "block": site.block,
+        "label": site.site if site.block is None else site.projection,
+        "line": line,
+        "column": None if site.block is None else blocks.index(site.block),
+        "weight": site.weight,
+        "weight_elements": site.weight_elements,
+        "reads": site.reads,
+        "obstacle": site.obstacle,
+    }
+
+
+def _matmul(place: int, role: RoleMeasure, analysis: Analysis, key: Key, total: float) -> dict[str, Any]:
+    return {
+        "site": place,
+        "role": role.role,
+        "size": [role.m, role.n, role.k],
+        "operations": role.operations,
+        "share": _share(role.operations, total),
+        "score": analysis.scores.get(key),
+        "single": analysis.single.get(key),
+        "snr": role.snr_db,
+        "error": role.relative_error,
+        "bias": role.bias,
+        "scatter": math.sqrt(role.variance),
+        "first": role.first,
+        "diagonal": role.diagonal,
+        "rows": role.rows,
+        "operands": [_operand(operand) for operand in role.operands],
+    }
+
+
+def _operand(operand: OperandMeasure) -> dict[str, Any]:
+    return {
+        "name": operand.operand,
+        "elements": operand.elements,
+        "snr": operand.snr_db,
+        "kurtosis": operand.kurtosis,
+        "vanished": _share(operand.vanished, operand.elements),
+        "saturated": _share(operand.saturated, operand.elements),
+        "zeros": _share(operand.zeros, operand.elements),
+        "before": [_share(count, operand.elements) for count in operand.before],
+        "after": [_share(count, operand.elements) for count in operand.after],
+        "scales": [_share(count, sum(operand.scales)) for count in operand.scales],
+    }
+
+
+def _candidate(candidate: Candidate, analysis: Analysis, places: Mapping[Key, int]) -> dict[str, Any]:
+    mean, half = mean_and_interval(candidate.measured or ())
+    return {
+        "name": candidate.name,
+        "kind": candidate.kind,
+        "words": [_budget(candidate, analysis), *plan_sentences(candidate, analysis)],
+        "title": f"{candidate.name} ({KIND_WORDS.get(candidate.kind, candidate.kind)})",
+        "bf16": sorted(places[key] for key in candidate.bf16 if key in places),
+        "fp4_share": 1 - candidate.share,
+        "predicted": candidate.predicted,
+        "measured": mean,
+        "half_interval": half,
+    }
+
+
+def _budget(candidate: Candidate, analysis: Analysis) -> str:
+    if analysis.budget_unit == "operations":
+        return f"Budget: at most {candidate.budget:.1%} of the operations in high precision."
+    if analysis.budget_unit == "bits":
+        return f"Budget: at most {candidate.budget:.3g} bits for a weight, on average."
+    return f"Budget: at least {candidate.budget:.3g} times the speed of high precision on {analysis.target}."
+
+
+def _head(analysis: Analysis) -> dict[str, str]:
+    measured = analysis.measurements
+    runnable = sum(bool(site.roles) for site in measured.sites)
+    return {
+        "loss in high precision": f"{measured.loss:.6g} loss units",
+        "measured on": _counted(measured.batches, "batch"),
+        "layers": f"{_counted(len(measured.sites), 'layer')} with a matmul, of which {runnable} can run in FP4",
+        **_flat(measured.provenance),
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested facts as one list: {"versions": {"torch": "2.13"}} as {"versions, torch": "2.13"}."""
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found.update(_flat(value, f"{prefix}{name}, "))
+        elif isinstance(value, (list, tuple)):
+            found[f"{prefix}{name}"] = ", ".join(map(str, value))
+        else:
+            found[f"{prefix}{name}"] = str(value)
+    return found
+
+
+def _obstacles(sites: Sequence[SiteMeasure]) -> str:
+    named = {site.site: f"{site.obstacle.rstrip('.')}." for site in sites if site.obstacle}
+    if not named:
+        return ""
+    opening = f"<p>{_counted(len(named), 'layer')} cannot run in FP4 whatever the plan:</p>"
+    return f"{opening}<dl>{facts(named)}</dl>"
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3g}"
+
+
+def _counted(count: int, noun: str) -> str:
+    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    return f"{count:,} {noun if count == 1 else plural}"
