@@ -1,7 +1,7 @@
 """An analysis as one HTML page that needs no network: which matmuls can stand FP4, and what each plan costs.
 
-This file brings the numbers into the form the page needs; `report.html` says how the page reads, `report.js` what
-it does.
+This file brings the numbers into the form the page needs; `report.html` says how the page reads, the scripts
+beside it what it does.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from nvfp4c.sensitivity.measurements import OperandMeasure, RoleMeasure, SiteMea
 
 CONFIDENCE = 0.95
 
+SCRIPTS = ("report.js", "report_layers.js")
+
 KIND_WORDS = {
     "solved": "solved for its budget",
     "paper": "first and last blocks",
@@ -48,7 +50,7 @@ def render(analysis: Analysis) -> str:
     template = Template((folder / "report.html").read_text(encoding="utf-8"))
     return template.substitute(
         plotly=get_plotlyjs(),
-        script=(folder / "report.js").read_text(encoding="utf-8"),
+        script="".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS),
         data=script_json(page_data(analysis)),
         verdict=html.escape(verdict(analysis)),
         head=facts(_head(analysis)),
@@ -82,16 +84,20 @@ def page_data(analysis: Analysis) -> dict[str, Any]:
 
 def verdict(analysis: Analysis) -> str:
     """The plan that was chosen, in plain sentences."""
-    return " ".join(plan_sentences(_chosen(analysis), analysis))
+    return "The chosen plan: " + " ".join(plan_sentences(_chosen(analysis), analysis))
 
 
 def plan_sentences(candidate: Candidate, analysis: Analysis) -> list[str]:
     """What a plan does, what it was predicted to cost, and what it really cost."""
     loss, mean, half = analysis.measurements.loss, *mean_and_interval(candidate.measured or ())
-    part = f" ({candidate.predicted / loss:+.2%} of the loss)" if math.isfinite(candidate.predicted) and loss else ""
+    if math.isfinite(candidate.predicted):
+        part = f" ({candidate.predicted / loss:+.2%} of the loss)" if loss else ""
+        predicted = f"Predicted rise of the loss: {candidate.predicted:+.3g} loss units{part}."
+    else:
+        predicted = "The predicted rise of the loss is not finite."
     sentences = [
         f"{1 - candidate.share:.1%} of all matmul operations run in FP4, {candidate.share:.1%} in high precision.",
-        f"Predicted rise of the loss: {_signed(candidate.predicted)} loss units{part}.",
+        predicted,
     ]
     count = len(candidate.measured or ())
     if not count:
@@ -102,7 +108,7 @@ def plan_sentences(candidate: Candidate, analysis: Analysis) -> list[str]:
         spread = f" ± {half:.2g}" if math.isfinite(half) else ""
         known = f"mean and {CONFIDENCE:.0%} interval" if spread else "mean"
         sentences.append(
-            f"Measured rise: {_signed(mean)}{spread} loss units ({known}, {_counted(count, 'held-out batch')})."
+            f"Measured rise: {mean:+.3g}{spread} loss units ({known}, {_counted(count, 'held-out batch')})."
         )
     return sentences
 
@@ -244,10 +250,6 @@ def _obstacles(sites: Sequence[SiteMeasure]) -> str:
 
 def _share(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3g}"
 
 
 def _counted(count: int, noun: str) -> str:

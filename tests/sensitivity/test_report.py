@@ -206,7 +206,7 @@ def test_the_page_says_what_was_measured_and_chosen(analysis):
     ):
         assert text in page
     said = report.verdict(analysis)
-    assert re.match(r"8\d\.\d% of all matmul operations run in FP4, 1\d\.\d% in high precision\. ", said)
+    assert re.match(r"The chosen plan: 8\d\.\d% of all matmul operations run in FP4, 1\d\.\d% in high precision\. ", said)
     assert re.search(r"Predicted rise of the loss: \+\d\S* loss units \(\+\d\.\d\d% of the loss\)\. ", said)
     assert re.search(r"Measured rise: \+\d\S* ± \d\S* loss units \(mean and 95% interval, 8 held-out batches\)\.$", said)
 
