@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import math
-import random
 import re
 import shutil
 import subprocess
@@ -15,135 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up import EVIL, PROJECTIONS, analysis_of, with_evil
 from plotly.offline import get_plotlyjs
 
 from nvfp4c.errors import DataError
-from nvfp4c.recipe import ROLES
 from nvfp4c.sensitivity import report
-from nvfp4c.sensitivity.analysis import Analysis, Candidate, Key
-from nvfp4c.sensitivity.measurements import (
-    OCTAVES,
-    SCALE_BINS,
-    Measurements,
-    OperandMeasure,
-    RoleMeasure,
-    SiteMeasure,
-)
-
-PROJECTIONS = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp.up_proj", "mlp.down_proj")
-READS = (0, 0, 0, 1, 2, 3)
-"""Which tensor of the block each projection reads."""
-
-OPERANDS = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
-EVIL = "</script><img src=x onerror=\"document.title='broken'\"><b>$data"
-TOKENS, WIDTH = 512, 256
-
-
-def operand_of(name: str, elements: int, noise: float, draw: random.Random) -> OperandMeasure:
-    weights = [math.exp(-((octave - 3.5) ** 2) / 6) for octave in range(OCTAVES)]
-    before = [round(elements * weight / sum(weights)) for weight in weights]
-    vanished = sum(before[7:])
-    after = [*before[:7], *[0] * (OCTAVES - 7)]
-    scales = [round(elements / 16 * weight) for weight in (0.001, *[0.02] * 6, *[0.08] * 6, 0.2, 0.15, 0.029)]
-    return OperandMeasure(
-        operand=name,
-        elements=elements,
-        signal=float(elements),
-        noise=noise * elements,
-        fourth=elements * draw.uniform(3, 40 if name == "x" else 6),
-        vanished=vanished,
-        saturated=round(elements * draw.uniform(0, 1e-3)),
-        zeros=0,
-        before=tuple(before),
-        after=tuple(after),
-        scales=tuple(scales),
-    )
-
-
-def role_of(role: str, m: int, n: int, k: int, scale: float, draw: random.Random) -> RoleMeasure:
-    noise = 0.015 * scale * draw.uniform(0.7, 1.5)
-    effect = dict(first=draw.gauss(0, 1e-4), diagonal=noise * 1e-5, rows=noise * 1e-2) if role == "fprop" else {}
-    return RoleMeasure(
-        role=role,
-        m=m,
-        n=n,
-        k=k,
-        operations=2.0 * m * n * k,
-        signal=1e4,
-        noise=noise * 1e4,
-        aligned=-1e4 * noise / 10,
-        operands=tuple(operand_of(name, m * k, 0.009 * scale, draw) for name in OPERANDS[role]),
-        **effect,
-    )
-
-
-def site_of(name: str, block: int | None, projection: str, reads: int, weight: str, draw: random.Random) -> SiteMeasure:
-    n, k = {"mlp.up_proj": (4 * WIDTH, WIDTH), "mlp.down_proj": (WIDTH, 4 * WIDTH)}.get(projection, (WIDTH, WIDTH))
-    scale = 4.0 if projection == "mlp.down_proj" or block is None else 1.0
-    sizes = {"fprop": (TOKENS, n, k), "dgrad": (TOKENS, k, n), "wgrad": (n, k, TOKENS)}
-    roles = {role: role_of(role, *size, scale, draw) for role, size in sizes.items()}
-    return SiteMeasure(name, block, projection, weight, n * k, reads, roles)
-
-
-def analysis_of(blocks: int = 6) -> Analysis:
-    """Made-up numbers of a plausible size: down projections and the head suffer most, as they do in fact."""
-    draw = random.Random(0)
-    sites = [
-        site_of(f"layers.{block}.{name}", block, name, 4 * block + reads, f"layers.{block}.{name}.weight", draw)
-        for block in range(blocks)
-        for name, reads in zip(PROJECTIONS, READS, strict=True)
-    ]
-    sites.append(site_of("lm_head", None, "lm_head", 4 * blocks, "embed.weight", draw))
-    sites.append(SiteMeasure("router", None, "router", "embed.weight", 3, 4 * blocks, {}, "K is 3, no multiple of 16"))
-    scores = {
-        (site.site, role): measure.noise / measure.signal * draw.uniform(0.02, 0.5) ** 2
-        for site in sites
-        for role, measure in site.roles.items()
-    }
-    provenance = {"model": "a GPT of 6 blocks", "data": "text, SHA-256 0123abcd", "versions": {"torch": "2.13.0"}}
-    measurements = Measurements(tuple(sites), 3.2145, 8, provenance)
-    return Analysis(measurements, scores, candidates_of(measurements, scores, draw), "solved 0.15")
-
-
-def candidates_of(measurements: Measurements, scores: dict[Key, float], draw: random.Random) -> tuple[Candidate, ...]:
-    operations = {(site.site, role.role): role.operations for site in measurements.sites for role in site.roles.values()}
-    total = sum(operations.values())
-    ranked = {
-        "solved": sorted(scores, key=lambda key: -scores[key] / operations[key]),
-        "paper": [key for key in scores if key[0].startswith("layers.0.")] + list(scores)[::-1],
-        "weights": sorted(scores, key=lambda key: -operations[key]),
-        "random": draw.sample(list(scores), len(scores)),
-    }
-
-    def candidate(kind: str, budget: float, run: bool) -> Candidate:
-        kept: list[Key] = []
-        for key in dict.fromkeys(ranked[kind]):
-            if sum(operations[one] for one in (*kept, key)) <= budget * total:
-                kept.append(key)
-        share = sum(operations[key] for key in kept) / total
-        predicted = sum(scores[key] for key in scores if key not in kept)
-        measured = tuple(predicted * draw.gauss(1.05, 0.12) for _ in range(8)) if run else None
-        return Candidate(f"{kind} {budget:g}", kind, tuple(kept), budget, share, predicted, measured)
-
-    curve = [candidate("solved", budget, budget in (0.05, 0.15)) for budget in (0, 0.02, 0.05, 0.1, 0.15, 0.25, 0.5, 1)]
-    return (*curve, *(candidate(kind, 0.15, True) for kind in ("paper", "weights", "random")))
-
-
-def with_evil(analysis: Analysis) -> Analysis:
-    """The same with markup in every text, and with numbers that are not finite."""
-    first, second, *others = analysis.measurements.sites
-    renamed = replace(first, site=f"layers.0.{EVIL}", projection=EVIL, weight=EVIL)
-    broken = replace(second.roles["fprop"], noise=math.nan, signal=math.inf, first=math.nan)
-    second = replace(second, roles={**second.roles, "fprop": broken})
-    others[-1] = replace(others[-1], obstacle=EVIL)
-    measurements = replace(
-        analysis.measurements, sites=(renamed, second, *others), provenance={EVIL: EVIL, "list": [EVIL, 1]}
-    )
-    scores = {(renamed.site if site == first.site else site, role): value for (site, role), value in analysis.scores.items()}
-    scores[second.site, "fprop"] = math.nan
-    candidates = [replace(one, bf16=tuple(key for key in one.bf16 if key in scores)) for one in analysis.candidates]
-    candidates.append(Candidate(EVIL, "random", (), 0.15, 0.0, math.inf, (1.0, math.nan)))
-    return Analysis(measurements, scores, tuple(candidates), EVIL, "speed", EVIL, {(renamed.site, "fprop"): math.inf})
+from nvfp4c.sensitivity.analysis import Analysis
 
 
 @pytest.fixture(scope="module")
@@ -206,9 +82,13 @@ def test_the_page_says_what_was_measured_and_chosen(analysis):
     ):
         assert text in page
     said = report.verdict(analysis)
-    assert re.match(r"The chosen plan: 8\d\.\d% of all matmul operations run in FP4, 1\d\.\d% in high precision\. ", said)
+    assert re.match(
+        r"The chosen plan: 8\d\.\d% of all matmul operations run in FP4, 1\d\.\d% in high precision\. ", said
+    )
     assert re.search(r"Predicted rise of the loss: \+\d\S* loss units \(\+\d\.\d\d% of the loss\)\. ", said)
-    assert re.search(r"Measured rise: \+\d\S* ± \d\S* loss units \(mean and 95% interval, 8 held-out batches\)\.$", said)
+    assert re.search(
+        r"Measured rise: \+\d\S* ± \d\S* loss units \(mean and 95% interval, 8 held-out batches\)\.$", said
+    )
 
 
 def test_the_data_is_that_of_the_analysis(analysis):
@@ -217,7 +97,8 @@ def test_the_data_is_that_of_the_analysis(analysis):
     assert sum(matmul["share"] for matmul in data["matmuls"]) == pytest.approx(1, abs=1e-12)  # 111 sums in FP64
     assert data["lines"] == [*PROJECTIONS, "lm_head", "router"]
     for shown, candidate in zip(data["candidates"], analysis.candidates, strict=True):
-        kept = {(data["sites"][matmul["site"]]["name"], matmul["role"]) for matmul in map(data["matmuls"].__getitem__, shown["bf16"])}
+        matmuls = [data["matmuls"][place] for place in shown["bf16"]]
+        kept = {(data["sites"][matmul["site"]]["name"], matmul["role"]) for matmul in matmuls}
         assert kept == set(candidate.bf16)
     assert data["candidates"][data["chosen"]]["name"] == analysis.chosen
     matmul = data["matmuls"][-1]
@@ -274,7 +155,8 @@ def test_stacks_with_the_same_projections_have_their_own_rows(analysis):
     first = analysis.measurements.sites[0]
     names = ("encoder.0.attn.q_proj", "encoder.1.attn.q_proj", "decoder.0.attn.q_proj", "decoder.1.attn.q_proj")
     sites = tuple(replace(first, site=name, block=number % 2) for number, name in enumerate(names))
-    data = report.page_data(replace(analysis, measurements=replace(analysis.measurements, sites=sites), candidates=(analysis.candidates[0],), chosen="solved 0"))
+    one_plan = replace(analysis, candidates=analysis.candidates[:1], chosen=analysis.candidates[0].name)
+    data = report.page_data(replace(one_plan, measurements=replace(analysis.measurements, sites=sites)))
     assert data["lines"] == ["encoder.*.attn.q_proj", "decoder.*.attn.q_proj"]
 
 
@@ -291,65 +173,27 @@ window.addEventListener("unhandledrejection", event => problems.push(String(even
 for (const level of ["error", "warn"]) console[level] = (...words) => problems.push(words.join(" "));
 </script>"""
 
-EXERCISE = """<pre id="outcome"></pre><script>{
-const rows = () => [...at("ranking").tBodies[0].rows].filter(row => !row.hidden);
-const texts = place => rows().map(row => row.cells[place].textContent);
-const fire = (id, value, kind) => { at(id).value = value; at(id).dispatchEvent(new Event(kind)); };
-const column = title => [...at("ranking").tHead.rows[0].cells].findIndex(cell => cell.textContent.startsWith(title));
-const click = title => at("ranking").tHead.rows[0].cells[column(title)].firstChild.click();
-const inHighIn = {
-  table: () => texts(column("in the plan")).filter(text => text === "BF16").length,
-  maps: () => new Set([...at("precision-maps").querySelectorAll(".js-plotly-plot")].flatMap(plot => plot.data[0].text.flat())
-    .filter(text => text?.endsWith(": BF16"))).size,
-  graph: () => at("graph").querySelectorAll("i.bf16").length,
-};
-const state = () => ({
-  shown: candidates[shown].name, plan: at("plan").value, words: at("plan-words").textContent,
-  table: inHighIn.table(), maps: inHighIn.maps(), graph: inHighIn.graph(), ring: at("curve").data.at(-1).x[0],
-});
-const outcome = { start: state(), slider: [] };
-for (let step = 0; step < solved.length; step++) { fire("budget", step, "input"); outcome.slider.push(state()); }
-outcome.baseline = (fire("plan", candidates.length - 1, "change"), state());
-outcome.ranked = texts(column("score"));
-click("score"); outcome.rising = texts(column("score"));
-click("layer"); outcome.byName = texts(0);
-click("in the plan"); outcome.byPrecision = texts(column("in the plan"));
-outcome.sorted = [...at("ranking").tHead.rows[0].cells].map(cell => cell.getAttribute("aria-sort")).filter(Boolean);
-fire("filter", "  DOWN wgrad ", "input"); outcome.filtered = rows().map(row => `${row.cells[0].textContent} ${row.cells[1].textContent}`);
-outcome.count = at("count").textContent;
-fire("filter", "nothing like it", "input"); outcome.nothing = at("count").textContent;
-fire("filter", "", "input"); outcome.everything = at("count").textContent;
-outcome.units = [...at("ranking").tHead.rows[0].cells].map(cell => cell.querySelector("small").textContent);
-const row = rows().find(row => row.cells[0].textContent.endsWith("2.mlp.down_proj") && row.cells[1].textContent === "dgrad");
-(row ?? rows()[0]).click();
-outcome.detail = { title: at("detail-title").textContent, words: at("detail-words").textContent, plots: at("histograms").querySelectorAll("div:not([hidden]) > .js-plotly-plot").length,
-  role: at("detail-roles").querySelector("input:checked").parentNode.textContent.trim() };
-at("detail-roles").querySelectorAll("input")[2].click();
-outcome.otherRole = [...at("histograms").querySelectorAll("h3")].map(heading => heading.textContent);
-at("graph").querySelector(".node").click(); outcome.fromGraph = at("detail-title").textContent;
-at("heat-maps").querySelector(".js-plotly-plot").emit("plotly_click", { points: [{ pointIndex: [1, 1] }] });
-outcome.fromMap = at("detail-title").textContent;
-at("curve").emit("plotly_click", { points: [{ customdata: 0 }] }); outcome.fromCurve = shown;
-fire("colour", "snr", "change"); outcome.ramp = [at("ramp-low").textContent, at("ramp-high").textContent];
-at("curve-log").click(); outcome.axis = at("curve").layout.yaxis.type;
-outcome.cards = [...at("graph").querySelectorAll(".card > h3")].map(heading => heading.textContent);
-outcome.groups = [...at("graph").querySelector(".card").querySelectorAll(".group")].map(group => group.querySelectorAll(".node").length);
-outcome.ties = at("ties").textContent;
-outcome.images = document.images.length; outcome.title = document.title;
-outcome.wide = document.documentElement.scrollWidth > innerWidth;
-setTimeout(() => at("outcome").textContent = JSON.stringify({ ...outcome, problems }), 1000);  // after what plotly does later
-}</script>"""
+EXERCISE = Path(__file__).with_name("use_report.js").read_text(encoding="utf-8")
+LOOK = Path(__file__).with_name("look_at_report.js").read_text(encoding="utf-8")
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
 
 
-def exercised(analysis: Analysis, folder: Path, width: int = 1280) -> dict[str, Any]:
+def exercised(analysis: Analysis, folder: Path, width: int = 1200, script: str = EXERCISE) -> dict[str, Any]:
     """What the page did in a browser: a copy of it with a script that uses every control, and its notes read back."""
-    page = report.render(analysis).replace("<head>", f"<head>{HOOKS}", 1).replace("</body>", f"{EXERCISE}</body>")
+    notes = f'<pre id="outcome"></pre><script>{{ const outcome = {{}}; {script} {LOOK} }}</script></body>'
+    opening = f"<head>{HOOKS}<style>html {{ width: {width}px }}</style>"
+    page = report.render(analysis).replace("<head>", opening, 1).replace("</body>", notes)
     (folder / "page.html").write_text(page, encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=10000"]
-    command = [str(BROWSER), *flags, f"--window-size={width},1000", "--dump-dom", (folder / "page.html").as_uri()]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=10000",
+        f"--window-size={width},1000",
+    ]
+    command = [str(BROWSER), *flags, f"--user-data-dir={folder}", "--dump-dom", (folder / "page.html").as_uri()]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r'<pre id="outcome">(.*?)</pre>', shown, re.S)
     assert found is not None
@@ -360,3 +204,118 @@ def exercised(analysis: Analysis, folder: Path, width: int = 1280) -> dict[str, 
 @pytest.fixture(scope="module")
 def outcome(analysis, tmp_path_factory) -> dict[str, Any]:
     return exercised(analysis, tmp_path_factory.mktemp("page"))
+
+
+@needs_browser
+def test_it_renders_without_an_error(outcome):
+    assert outcome["problems"] == []
+    assert outcome["sticksOut"] == []
+    assert outcome["cutLabels"] == []
+
+
+@needs_browser
+def test_the_chosen_plan_is_shown_first(outcome, analysis):
+    start = outcome["start"]
+    assert start["shown"] == analysis.chosen
+    assert start["words"].endswith("This is the plan that was chosen.")
+    kept = sum(len(one.bf16) for one in analysis.candidates if one.name == analysis.chosen)
+    assert (start["table"], start["maps"], start["graph"]) == (kept, kept, kept)
+
+
+@needs_browser
+def test_the_slider_changes_the_plan_everywhere(outcome, analysis):
+    solved = sorted((one for one in analysis.candidates if one.kind == "solved"), key=lambda one: -one.share)
+    assert len(outcome["slider"]) == len(solved) == 8
+    for shown, candidate in zip(outcome["slider"], solved, strict=True):
+        kept = len(candidate.bf16)
+        assert shown["shown"] == candidate.name
+        assert (shown["table"], shown["maps"], shown["graph"]) == (kept, kept, kept)
+        assert shown["ring"] == pytest.approx(100 * (1 - candidate.share), abs=1e-9)  # one FP64 subtraction
+        assert f"{1 - candidate.share:.1%} of all matmul operations run in FP4" in shown["words"]
+
+
+@needs_browser
+def test_a_baseline_can_be_shown(outcome, analysis):
+    assert outcome["baseline"]["shown"] == analysis.candidates[-1].name
+    assert outcome["baseline"]["table"] == len(analysis.candidates[-1].bf16)
+    assert outcome["fromCurve"] == 0
+
+
+@needs_browser
+def test_columns_sort(outcome, analysis):
+    ranked = list(map(float, outcome["ranked"]))
+    assert ranked == sorted(ranked, reverse=True)
+    assert len(ranked) == len(analysis.scores)
+    assert list(map(float, outcome["rising"])) == ranked[::-1]
+    assert outcome["byName"] == sorted(outcome["byName"])
+    assert outcome["byPrecision"] == sorted(outcome["byPrecision"])
+    assert outcome["sorted"] == ["ascending"]
+    assert all(outcome["units"])
+
+
+@needs_browser
+def test_the_filter_takes_all_of_its_words(outcome):
+    assert sorted(outcome["filtered"]) == [f"layers.{block}.mlp.down_proj wgrad" for block in range(6)]
+    assert outcome["count"] == "6 of 111 matmuls"
+    assert outcome["nothing"] == "0 of 111 matmuls"
+    assert outcome["everything"] == "111 of 111 matmuls"
+
+
+@needs_browser
+def test_a_click_shows_a_layer_in_detail(outcome):
+    detail = outcome["detail"]
+    assert detail["title"] == "One layer in detail: layers.2.mlp.down_proj"
+    assert (detail["role"], detail["plots"]) == ("dgrad", 4)
+    assert "268 million operations a batch" in detail["words"]
+    assert outcome["otherRole"] == ["dy: magnitudes", "dy: block scales", "x: magnitudes", "x: block scales"]
+    assert outcome["fromGraph"].endswith(": layers.0.attn.q_proj")
+    assert outcome["fromMap"].endswith(": layers.1.attn.k_proj")
+
+
+@needs_browser
+def test_the_scales_can_be_changed(outcome, analysis):
+    ratios = [role.snr_db for site in analysis.measurements.sites for role in site.roles.values()]
+    assert outcome["ramp"] == [f"{min(ratios):.1f} dB", f"{max(ratios):.1f} dB"]
+    assert outcome["axis"] == "log"
+
+
+@needs_browser
+def test_the_graph_has_blocks_in_order_and_joins_what_reads_one_tensor(outcome):
+    assert outcome["cards"] == [*(f"block {number}" for number in range(6)), "outside the blocks"]
+    assert outcome["groups"] == [3, 1, 1, 1]
+    assert "share a weight: weight 1 is embed.weight" in outcome["ties"]
+
+
+@needs_browser
+def test_no_text_becomes_markup_and_what_is_not_finite_stands_last(analysis, tmp_path):
+    found = exercised(with_evil(analysis), tmp_path, width=400)
+    assert found["problems"] == []
+    assert found["images"] == 0
+    assert found["title"] == "nvfp4c sensitivity"
+    assert found["start"]["shown"] == EVIL
+    assert found["fromGraph"] == f"One layer in detail: layers.0.{EVIL}"
+    assert found["ranked"][-1] == found["rising"][-1] == "\N{EN DASH}"
+    assert found["sticksOut"] == []
+    assert found["cutLabels"] == []
+
+
+@needs_browser
+def test_a_large_model(tmp_path):
+    large = exercised(analysis_of(blocks=66), tmp_path, width=400)
+    assert large["problems"] == large["sticksOut"] == large["cutLabels"] == []
+    assert large["everything"] == "1191 of 1191 matmuls"
+
+
+@needs_browser
+def test_a_small_model_without_blocks_scores_or_a_plan_that_was_run(analysis, tmp_path):
+    first, plan = analysis.measurements.sites[0], analysis.candidates[0]
+    alone = replace(first, block=None, roles={"fprop": first.roles["fprop"]})
+    measurements = replace(analysis.measurements, sites=(alone, replace(alone, site="other")))
+    small = Analysis(measurements, {}, (replace(plan, bf16=()),), plan.name)
+    assert exercised(small, tmp_path, width=400, script="") == {
+        "images": 0,
+        "title": "nvfp4c sensitivity",
+        "sticksOut": [],
+        "cutLabels": [],
+        "problems": [],
+    }
