@@ -210,6 +210,7 @@ function buildHeatMaps() {
     const all = matmuls.map(matmul => logarithmic ? matmul.score : matmul.snr).filter(value => known(value) && (!logarithmic || value > 0));
     let low = all.reduce((least, value) => Math.min(least, value), Infinity), high = largest(all);
     if (!all.length) [low, high] = [1, 10];
+    if (logarithmic) low = Math.max(low, high * 1e-4);  // four decades: one tiny score takes no colours from the others
     const level = value => logarithmic ? Math.log10(Math.max(value, low)) : value;
     const value = place => {
       const found = logarithmic ? matmuls[place].score : matmuls[place].snr;
