@@ -172,8 +172,10 @@ def _matmul(place: int, role: RoleMeasure, analysis: Analysis, key: Key, total: 
         "bias": role.bias,
         "scatter": math.sqrt(role.variance),
         "first": role.first,
+        "first_error": role.first_error,
         "diagonal": role.diagonal,
         "rows": role.rows,
+        "samples": role.samples,
         "operands": [_operand(operand) for operand in role.operands],
     }
 

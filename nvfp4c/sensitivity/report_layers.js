@@ -100,13 +100,17 @@ function matmulWords(matmul) {
     `Predicted rise of the loss: ${number(matmul.score, "loss units")}.`,
   ];
   if (known(matmul.single)) sentences.push(`Measured with this matmul alone in FP4: ${number(matmul.single, "loss units")}.`);
-  if (known(matmul.first)) sentences.push(`Change of the loss to first order: ${number(matmul.first, "loss units")}.`);
+  if (known(matmul.first)) {
+    const error = known(matmul.first_error) ? ` ± ${number(matmul.first_error)}` : "";
+    sentences.push(`Change of the loss to first order: ${number(matmul.first)}${error} loss units${error && " (mean and its standard error)"}.`);
+  }
   if (known(matmul.rows)) sentences.push(`To second order, from the gradients of rows: ${number(matmul.rows, "loss units")}.`);
+  if (known(matmul.samples)) sentences.push(`To second order, from the gradients of samples: ${number(matmul.samples, "loss units")}.`);
   if (known(matmul.diagonal)) sentences.push(`Sum of squared changes by single elements: ${number(matmul.diagonal, "squared loss units")}.`);
   return sentences.join(" ");
 }
 
-const operandWords = one => `${OPERANDS[one.name] ?? one.name}: ${counted(one.elements)} elements, SNR ${number(one.snr, "dB")}, ` +
+const operandWords = one => `${OPERANDS[one.name] ?? one.name}: ${counted(one.elements)} elements in all batches, SNR ${number(one.snr, "dB")}, ` +
   `kurtosis ${number(one.kurtosis)} (ratio; 3 for a Gaussian), ${percent(one.vanished)} became 0, ${percent(one.saturated)} clipped, ` +
   `${percent(one.zeros)} had been 0.`;
 

@@ -41,7 +41,7 @@ def operand_of(name: str, elements: int, noise: float, draw: random.Random) -> O
 
 def role_of(role: str, m: int, n: int, k: int, scale: float, draw: random.Random) -> RoleMeasure:
     noise = 0.015 * scale * draw.uniform(0.7, 1.5)
-    effect = dict(first=draw.gauss(0, 1e-4), diagonal=noise * 1e-5, rows=noise * 1e-2) if role == "fprop" else {}
+    effect = dict(first=2e-4, first_error=3e-5, diagonal=noise * 1e-5, rows=noise * 1e-2, samples=noise * 2e-2)
     return RoleMeasure(
         role=role,
         m=m,
@@ -52,7 +52,7 @@ def role_of(role: str, m: int, n: int, k: int, scale: float, draw: random.Random
         noise=noise * 1e4,
         aligned=-1e4 * noise / 10,
         operands=tuple(operand_of(name, m * k, 0.009 * scale, draw) for name in OPERANDS[role]),
-        **effect,
+        **(effect if role == "fprop" else {}),
     )
 
 

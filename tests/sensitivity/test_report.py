@@ -267,6 +267,7 @@ def test_a_click_shows_a_layer_in_detail(outcome):
     assert detail["title"] == "One layer in detail: layers.2.mlp.down_proj"
     assert (detail["role"], detail["plots"]) == ("dgrad", 4)
     assert "268 million operations a batch" in detail["words"]
+    assert "first order: 2.00e-4 ± 3.00e-5 loss units (mean and its standard error)." in detail["words"]
     assert outcome["otherRole"] == ["dy: magnitudes", "dy: block scales", "x: magnitudes", "x: block scales"]
     assert outcome["fromGraph"].endswith(": layers.0.attn.q_proj")
     assert outcome["fromMap"].endswith(": layers.1.attn.k_proj")
