@@ -18,6 +18,10 @@ class PlanError(Nvfp4Error, ValueError):
     """A precision plan that cannot be read, or that names a site the model does not have."""
 
 
+class BudgetError(Nvfp4Error, ValueError):
+    """A budget that no precision plan can meet; the text names the nearest one that can be met."""
+
+
 class TargetError(Nvfp4Error, RuntimeError):
     """This machine, or this version of PyTorch, cannot compile for the target asked for."""
 
