@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from zlib import crc32
 
 from hypothesis import strategies as st
 
@@ -50,7 +51,7 @@ def site(
         projection,
         weight or f"{name}.weight",
         elements,
-        hash(name) if reads < 0 else reads,
+        crc32(name.encode()) if reads < 0 else reads,
         roles,
         obstacle,
     )
