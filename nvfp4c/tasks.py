@@ -3,6 +3,7 @@
 A task is ``FILE.py:callable`` or ``package.module:callable``. The callable takes no arguments and returns
 ``(model, batches, loss)``: `batches` can be iterated again and again, and ``loss(model, batch)`` is a scalar tensor.
 For commands that need no loss it may return ``(model, args)`` instead; the model is then called as ``model(*args)``.
+A `Task` may be returned too: it can also say which batches are held out.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +32,8 @@ FORMS = "(model, batches, loss), or (model, args) for commands that need no loss
 class Task:
     """A model and what to feed it: either `batches` and `loss`, or `args`; what is not there is None.
 
-    loss: raises TaskError where the user's function returns anything but a scalar tensor.
+    loss: raises TaskError where the user's function returns anything but a scalar tensor. held_out: more batches, for
+    a verdict on what was chosen with `batches`.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Task:
     batches: Iterable[Any] | None = None
     loss: Loss | None = None
     args: tuple[Any, ...] | None = None
+    held_out: Iterable[Any] | None = None
 
     def example(self) -> tuple[Any, ...]:
         """Arguments of one call: of the loss, after the model, (first batch,); of a model without a loss, `args`."""
@@ -127,6 +130,9 @@ def _call(name: str, function: Callable[[], Any]) -> Any:
 
 def _checked(name: str, result: Any) -> Task:
     """The task that `result` is; TaskError naming the first thing wrong with it."""
+    if isinstance(result, Task):
+        parts = (result.model, result.batches, result.loss) if result.args is None else (result.model, result.args)
+        return replace(_checked(name, parts), held_out=result.held_out)
     if not isinstance(result, (tuple, list)) or len(result) not in (2, 3):
         raise TaskError(f"{name} returned {_describe(result)}; it must return {FORMS}")
     model = result[0]

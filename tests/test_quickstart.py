@@ -13,6 +13,7 @@ import pytest
 import torch
 from plotly.offline import get_plotlyjs
 
+from nvfp4c import text_files
 from nvfp4c.errors import DataError, OptionError, TargetError
 from nvfp4c.explanation import Explanation, Row
 from nvfp4c.grouping import group, single, totals
@@ -95,7 +96,7 @@ def test_any_bytes_are_text_unless_they_hold_a_zero(tmp_path):
 
 
 def test_no_more_is_read_than_the_limit(folder, monkeypatch):
-    monkeypatch.setattr(data, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(text_files, "MAX_BYTES", 10_000)
     corpus = data.load(folder, minimum=10)
     assert len(corpus.train) + len(corpus.validation) == 10_000
 

@@ -45,6 +45,19 @@ def test_a_task_without_a_loss_gives_arguments(write):
     assert task.example()[1] == 7
 
 
+def test_a_task_may_say_what_is_held_out(write):
+    body = "def make():\n    return Task('mine', model, [1], lambda model, batch: 3, held_out=[2])\n"
+    task = load_task(write("from nvfp4c.tasks import Task\n" + body))
+    assert (task.batches, task.held_out) == ([1], [2])
+    with pytest.raises(TaskError, match="returned an int"):
+        task.loss(task.model, 1)
+
+
+def test_a_task_without_batches_is_refused(write):
+    body = "def make():\n    return Task('mine', model)\n"
+    assert "as the loss" in refused(write("from nvfp4c.tasks import Task\n" + body))
+
+
 def test_a_single_tensor_may_stand_for_the_arguments(write):
     task = load_task(write("def make():\n    return model, torch.ones(3, 4)\n"))
     assert len(task.example()) == 1

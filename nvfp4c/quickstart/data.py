@@ -6,9 +6,7 @@ There is no tokenizer: a token is one byte, so the vocabulary has 256 entries an
 from __future__ import annotations
 
 import hashlib
-import os
 import sysconfig
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nvfp4c import text_files
 from nvfp4c.errors import DataError
 
 VOCABULARY = 256
 VALIDATION_SHARE = 0.1
-MAX_BYTES = 256 * 2**20
-"""Text read at most: far more than a quickstart trains on, little enough for any machine's memory."""
-
-SNIFFED_BYTES = 8192
-INSTALLED_PACKAGES = ("site-packages", "dist-packages")
 
 
 @dataclass(frozen=True)
@@ -52,14 +46,14 @@ def load(folder: Path | None = None, *, minimum: int = 4096) -> Corpus:
     """
     if folder is None:
         root, source = Path(sysconfig.get_paths()["stdlib"]), "source code of the Python standard library"
-        texts = list(_read(root, suffix=".py"))
+        texts = list(text_files.read(root, suffix=".py"))
         hint = "Pass --data DIR with a folder of text."
     else:
         root, source = _checked(folder), str(folder)
-        texts = list(_read(root, suffix=""))
+        texts = list(text_files.read(root))
         hint = "Pass a folder that holds text files."
     if not texts:
-        raise DataError(f"{root} holds no text: every file in it is binary, empty, hidden or unreadable. {hint}")
+        raise DataError(f"{root} holds no text: {text_files.NOTHING_READ}. {hint}")
     corpus = _split_by_file(texts, source, minimum) or _split_each_file(texts, source)
     if min(len(corpus.train), len(corpus.validation)) < minimum:
         total = sum(len(text) for _, text in texts)
@@ -82,31 +76,6 @@ def _checked(folder: Path) -> Path:
     if not folder.is_dir():
         raise DataError(f"{folder} is a file, but data is read from a folder. Pass {folder.parent} instead.")
     return folder
-
-
-def _read(root: Path, suffix: str) -> Iterator[tuple[str, bytes]]:
-    """Relative path and content of each text file below `root`, in the order of the paths, up to MAX_BYTES in all."""
-    left = MAX_BYTES
-    for path in _files(root):
-        if path.suffix != suffix and suffix:
-            continue
-        try:
-            content = path.read_bytes() if path.is_file() else b""
-        except OSError:
-            continue
-        if not content or b"\0" in content[:SNIFFED_BYTES]:
-            continue
-        yield path.relative_to(root).as_posix(), content[:left]
-        left -= len(content)
-        if left <= 0:
-            return
-
-
-def _files(root: Path) -> Iterator[Path]:
-    """Files below `root` in a stable order; hidden ones and installed packages are left out."""
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in INSTALLED_PACKAGES)
-        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
 
 
 def _split_by_file(texts: list[tuple[str, bytes]], source: str, minimum: int) -> Corpus | None:
