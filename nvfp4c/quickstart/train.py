@@ -133,11 +133,13 @@ def train_batches(corpus: Corpus, settings: Settings) -> Iterator[tuple[Tensor, 
         yield _batch(text, starts, settings.size.sequence)
 
 
-def validation_batches(corpus: Corpus, settings: Settings) -> list[tuple[Tensor, Tensor]]:
+def validation_batches(
+    corpus: Corpus, settings: Settings, count: int = VALIDATION_BATCHES
+) -> list[tuple[Tensor, Tensor]]:
     """The same batches for every run and seed, spread evenly over the held-out text."""
     text = corpus.validation.to(settings.device)
     last = len(text) - settings.size.sequence - 1
-    starts = torch.linspace(0, last, VALIDATION_BATCHES * settings.size.batch, dtype=torch.float64).long()
+    starts = torch.linspace(0, last, count * settings.size.batch, dtype=torch.float64).long()
     return [_batch(text, part, settings.size.sequence) for part in starts.split(settings.size.batch)]
 
 
@@ -188,14 +190,27 @@ def train(
 ) -> Run:
     """Train the GPT of `settings` on `corpus`, compiled with `backend` and `options`; tell `watch` how it goes.
 
-    Two calls that differ in backend and options alone have equal initial weights and equal batches. A run whose loss
-    is no longer finite is stopped there. Raises DataError when the corpus is shorter than one batch, and whatever
-    the backend raises.
+    Two calls that differ in backend and options alone have equal initial weights and equal batches. Else as `fit`.
+    """
+    return fit(build_model(settings), settings, corpus, backend, options, watch)
+
+
+def fit(
+    model: Gpt,
+    settings: Settings,
+    corpus: Corpus,
+    backend: str,
+    options: Mapping[str, Any] | None = None,
+    watch: Callable[[Progress], None] = lambda progress: None,
+) -> Run:
+    """Train `model`, which is on the device of `settings`, on `corpus`.
+
+    A run whose loss is no longer finite is stopped there. Raises DataError when the corpus is shorter than one batch,
+    and whatever the backend raises.
     """
     if min(len(corpus.train), len(corpus.validation)) < settings.minimum_bytes:
         raise DataError(f"{corpus.source} holds less than one batch of {settings.minimum_bytes} bytes in a split.")
     torch.compiler.reset()
-    model = build_model(settings)
     compiled = compile_model(model, backend, options)
     held_out = validation_batches(corpus, settings)
     with warnings.catch_warnings():
