@@ -14,6 +14,7 @@ from nvfp4c.cli.emit import emit
 from nvfp4c.cli.explain import explain
 from nvfp4c.cli.plan import plan
 from nvfp4c.cli.quickstart import quickstart
+from nvfp4c.cli.sensitivity import sensitivity
 from nvfp4c.errors import Nvfp4Error
 
 USER_ERROR = 2
@@ -52,7 +53,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help='Train and run PyTorch models in 4-bit NVFP4, with torch.compile(model, backend="nvfp4").',
 )
-for command in (quickstart, doctor, explain, emit):
+for command in (quickstart, doctor, explain, sensitivity, emit):
     app.command()(command)
 app.add_typer(plan, name="plan")
 app.add_typer(bench, name="bench")

@@ -154,8 +154,11 @@ def _group(found: SiteNodes) -> int:
     shape = numbers(found.input.meta["val"].shape)
     role = next(role for role in found.roles if Operand.INPUT in found.matmul(role).operands)
     place = found.matmul(role).operands.index(Operand.INPUT)
-    rows = math.prod(numbers(operands(found.roles[role])[place].meta["val"].shape)) // shape[-1] if shape[-1] else 0
-    return rows // shape[0] if len(shape) > 2 and shape[0] and rows % shape[0] == 0 else 1
+    operand = numbers(operands(found.roles[role])[place].meta["val"].shape)
+    # The contraction of fprop is along features, that of wgrad along rows.
+    features = operand[-1] if (place == 0) == (role is Role.FPROP) else operand[-2]
+    rows = math.prod(operand) // features
+    return rows // shape[0] if len(shape) > 2 and rows % shape[0] == 0 else 1
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

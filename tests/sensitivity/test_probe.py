@@ -29,7 +29,7 @@ numbers a hundred times as large."""
 
 
 class Net(nn.Module):
-    """Two layers that read the same tensor, one after them, and a product of activations that is no site."""
+    """Two layers that read the same tensor, and one after them that reads heads joined, as after attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,8 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         block = self.blocks[0]
-        return self.down(torch.tanh(block["a"](x)) * block["b"](x))
+        heads = (torch.tanh(block["a"](x)) * block["b"](x)).unflatten(-1, (3, 16)).transpose(1, 2)
+        return self.down(torch.sin(heads).transpose(1, 2).flatten(-2))
 
 
 def loss(model: Callable[..., Tensor], batch: Tensor) -> Tensor:
@@ -103,6 +104,23 @@ def test_a_forward_matmul_is_measured_as_numerics_computes_it(model: Net, batche
     assert operand.vanished == int(((quantised == 0) & (x != 0)).sum())
     assert sum(operand.before) == x.numel() and sum(operand.after) == int(quantised.count_nonzero())
     assert sum(operand.scales) == x.numel() // 16
+
+
+def test_samples_are_known_where_heads_are_joined(model: Net, batches: list[Tensor]) -> None:
+    """The input of `down` is made of [batch, heads, tokens, features]; its samples are the batch's all the same."""
+    role = next(site for site in measure(model, batches[:1], loss).sites if site.site == "down").roles["fprop"]
+    kept: list[Tensor] = []
+
+    def keep(_: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> None:
+        y.retain_grad()
+        kept.extend((given[0].detach(), y))
+
+    with model.down.register_forward_hook(keep):
+        loss(model, batches[0]).backward()
+    x, y = kept
+    error = dequantized(x.reshape(-1, 48), ROW_BLOCK) @ dequantized(model.down.weight.detach(), TILE_BLOCK).T
+    change = (y.grad.reshape(-1, 24) * (error - x.reshape(-1, 48) @ model.down.weight.detach().T)).reshape(4, -1)  # type: ignore[union-attr]
+    assert role.samples == pytest.approx(float(change.sum(1).square().sum() * 4 / 2), rel=SUMS)
 
 
 def test_backward_matmuls_are_measured(model: Net, batches: list[Tensor]) -> None:

@@ -1,0 +1,204 @@
+"""All of it: measure, score, solve, run what was chosen for real on held-out batches, and write it down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from nvfp4c import recipe as recipes
+from nvfp4c.errors import DataError, OptionError, nearest
+from nvfp4c.files import write_text
+from nvfp4c.plan import PrecisionPlan
+from nvfp4c.recipe import Recipe
+from nvfp4c.sensitivity import baselines, report
+from nvfp4c.sensitivity.analysis import Analysis, Candidate, Key
+from nvfp4c.sensitivity.budgets import PAPER_SHARE, Budget
+from nvfp4c.sensitivity.constraints import UNCONSTRAINED, Constraints
+from nvfp4c.sensitivity.measure import Watch, as_it_was, check_batches, everywhere, measure
+from nvfp4c.sensitivity.measurements import Measurements
+from nvfp4c.sensitivity.plans import to_plan
+from nvfp4c.sensitivity.problem import Problem
+from nvfp4c.sensitivity.score import scores
+from nvfp4c.sensitivity.solve import curve, solve
+from nvfp4c.sensitivity.switched import SwitchedModel
+from nvfp4c.tasks import Task
+
+Loss = Callable[[Any, Any], Tensor]
+
+METHODS = ("probe", "ablate")
+BATCHES = 8
+"""Batches to measure on, and as many held out."""
+
+CURVES = {
+    "operations": (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0),
+    "bits": (4.5, 4.75, 5.0, 5.5, 6.0, 7.0, 8.0, 10.0, 12.0, 16.0),
+    "speed": (1.0, 1.1, 1.2, 1.4, 1.6, 1.8, 2.0, 2.25, 2.5, 3.0),
+}
+"""Budgets that the curve has points at, beside the one asked for."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """method: "probe", or "ablate": the loss is measured with each forward matmul alone in FP4. random: how many random
+    plans there are beside the others."""
+
+    recipe: Recipe = recipes.RECIPES[recipes.DEFAULT_RECIPE]
+    budget: Budget = field(default_factory=lambda: Budget(PAPER_SHARE))
+    constraints: Constraints = UNCONSTRAINED
+    method: str = "probe"
+    seed: int = 0
+    random: int = 3
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise OptionError(f"unknown method {self.method!r}; {nearest(self.method, METHODS)}")
+
+
+def analyze(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss: Loss,
+    held_out: Sequence[Any] = (),
+    settings: Settings | None = None,
+    folder: Path | None = None,
+    watch: Watch | None = None,
+) -> Analysis:
+    """Decide which matmuls run in FP4. loss(model, batch): a scalar tensor, the mean over the batch.
+
+    held_out: batches that nothing is chosen by, for the verdict; without any, no plan is run. folder: where parts of
+    the measurement are kept, so that an interrupted run goes on. Raises DataError, BudgetError or OptionError, each
+    saying what to do.
+    """
+    settings = settings or Settings()
+    watch = watch or (lambda what, done, of: None)
+    check_batches([*batches, *held_out])
+    found = measure(model, batches, loss, settings.recipe, settings.seed, folder, watch)
+    found = replace(found, provenance={**found.provenance, "method": settings.method, "held_out": len(held_out)})
+    with as_it_was(model):
+        switched = SwitchedModel(model, everywhere(settings.recipe))
+        alone = ablated(switched, found, batches, loss, watch) if settings.method == "ablate" else {}
+        problem = Problem(found, {**scores(found), **alone}, settings.budget, settings.constraints)
+        chosen = solve(problem)
+        plans = [chosen, *rivals(problem, settings)]
+        if held_out:
+            plans = verified(switched, problem, plans, held_out, loss, watch)
+    limits = {*CURVES[settings.budget.unit], settings.budget.limit}
+    others = [plan for plan in curve(problem, limits) if plan.budget != settings.budget.limit]
+    return Analysis(
+        measurements=found,
+        scores=problem.scores,
+        candidates=(*sorted([plans[0], *others], key=lambda plan: plan.budget), *plans[1:]),
+        chosen=chosen.name,
+        budget_unit=settings.budget.unit,
+        target=settings.budget.target,
+        single=alone,
+    )
+
+
+def rivals(problem: Problem, settings: Settings) -> tuple[Candidate, ...]:
+    """The baselines under the same budget."""
+    seeds = range(settings.seed, settings.seed + settings.random)
+    return (baselines.paper(problem), baselines.weights(problem), *baselines.random(problem, seeds))
+
+
+def ablated(
+    switched: SwitchedModel, found: Measurements, batches: Sequence[Any], loss: Loss, watch: Watch
+) -> dict[Key, float]:
+    """The rise of the loss with each forward matmul alone in FP4, really run."""
+    keys = [(site.site, "fprop") for site in found.sites if "fprop" in site.roles]
+    plain = switched.losses((), batches, loss)
+    rises = {}
+    for number, key in enumerate(keys):
+        watch("measuring one at a time", number, len(keys))
+        rises[key] = _mean(_rise(switched.losses([key], batches, loss), plain))
+    watch("measuring one at a time", len(keys), len(keys))
+    return rises
+
+
+def verified(
+    switched: SwitchedModel,
+    problem: Problem,
+    plans: Sequence[Candidate],
+    held_out: Sequence[Any],
+    loss: Loss,
+    watch: Watch,
+) -> list[Candidate]:
+    """The same plans with the rise of the loss on every held-out batch."""
+    plain = switched.losses((), held_out, loss)
+    found = []
+    for number, plan in enumerate(plans):
+        watch("running plans", number, len(plans))
+        fp4 = set(problem.choices).difference(plan.bf16)
+        found.append(replace(plan, measured=_rise(switched.losses(fp4, held_out, loss), plain)))
+    watch("running plans", len(plans), len(plans))
+    return found
+
+
+def _rise(losses: Sequence[float], plain: Sequence[float]) -> tuple[float, ...]:
+    return tuple(one - other for one, other in zip(losses, plain, strict=True))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def data_of(task: Task, count: int = BATCHES) -> tuple[list[Any], list[Any]]:
+    """`count` batches of a task to measure on, and as many held out: the task's own, else those that come next.
+
+    A task with few batches gives half of them to each. Raises DataError where it has fewer than two in all.
+    """
+    batches, _ = task.training()
+    if task.held_out is not None:
+        return list(islice(batches, count)), list(islice(task.held_out, count))
+    taken = list(islice(batches, 2 * count))
+    if len(taken) < 2:
+        raise DataError(
+            f"{task.name} returned {len(taken)} batches; at least two are needed, one to measure on and one held out"
+        )
+    half = (len(taken) + 1) // 2
+    return taken[:half], taken[half:]
+
+
+def plan_of(analysis: Analysis) -> PrecisionPlan:
+    """The plan that was chosen, with where it came from."""
+    chosen = next(plan for plan in analysis.candidates if plan.name == analysis.chosen)
+    provenance = {
+        **analysis.measurements.provenance,
+        "budget": {"limit": chosen.budget, "unit": analysis.budget_unit, "target": analysis.target},
+        "share_in_bf16": chosen.share,
+        "predicted_rise": chosen.predicted,
+        "measured_rise": None if chosen.measured is None else _mean(chosen.measured),
+    }
+    return to_plan(analysis.measurements, chosen.bf16, provenance)
+
+
+def write(analysis: Analysis, out: Path) -> None:
+    """plan.json, sensitivity.json and report.html; each appears whole or not at all."""
+    out.mkdir(parents=True, exist_ok=True)
+    plan_of(analysis).save(out / "plan.json")
+    write_text(out / "sensitivity.json", json.dumps(analysis.to_dict(), indent=1) + "\n")
+    report.write(analysis, out / "report.html")
+
+
+def analyze_task(
+    task: Task, settings: Settings, count: int = BATCHES, out: Path | None = None, watch: Watch | None = None
+) -> Analysis:
+    """`analyze` of a task; writes to `out`, and keeps parts of the measurement in `out`/parts for the next run."""
+    _, loss = task.training()
+    batches, held_out = data_of(task, count)
+    parts = None if out is None else out / "parts"
+    if parts is not None:
+        parts.mkdir(parents=True, exist_ok=True)
+    found = analyze(task.model, batches, loss, held_out, settings, parts, watch)
+    found = replace(
+        found, measurements=replace(found.measurements, provenance={"task": task.name, **found.measurements.provenance})
+    )
+    if out is not None:
+        write(found, out)
+    return found

@@ -1,0 +1,238 @@
+"""The whole analysis on a small model: what it writes, that plans it holds were really run, and what a user sees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+from nvfp4c import plan as plans
+from nvfp4c.cli import USER_ERROR, app
+from nvfp4c.errors import BudgetError, DataError, OptionError
+from nvfp4c.sensitivity.analysis import Analysis
+from nvfp4c.sensitivity.analyze import Settings, analyze, data_of, plan_of
+from nvfp4c.sensitivity.budgets import Budget
+from nvfp4c.sensitivity.measure import everywhere
+from nvfp4c.sensitivity.score import GRADIENT_SHARE, gradient_errors, shrunk
+from nvfp4c.sensitivity.switched import SwitchedModel
+from nvfp4c.tasks import Task
+
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class Net(nn.Module):
+    """Five blocks and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(5))
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+
+def batches(count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(4, 8, 32, generator=generator) for _ in range(count)]
+    return [(x, x[..., :10].argmax(-1)) for x in inputs]
+
+
+@pytest.fixture(scope="module")
+def model() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture(scope="module")
+def found(model: Net) -> Analysis:
+    with pytest.MonkeyPatch.context() as patch:
+        from nvfp4c.codegen import cpu
+
+        patch.setattr(cpu, "_compiled", lambda function, kind: function)
+        torch._dynamo.reset()
+        return analyze(model, batches(3, 1), loss, batches(2, 2), Settings(budget=Budget(0.2)))
+
+
+def test_the_plan_keeps_to_its_budget_and_is_the_best_of_all(found: Analysis) -> None:
+    """Under the same budget no rival is predicted to be better; and the curve falls."""
+    chosen = next(plan for plan in found.candidates if plan.name == found.chosen)
+    assert chosen.kind == "solved" and chosen.budget == 0.2 and chosen.share <= 0.2
+    rivals = [plan for plan in found.candidates if plan.kind != "solved"]
+    assert {plan.kind for plan in rivals} == {"paper", "weights", "random"} and len(rivals) == 5
+    assert all(plan.share <= 0.2 and plan.predicted >= chosen.predicted for plan in rivals)
+    solved = [plan for plan in found.candidates if plan.kind == "solved"]
+    assert [plan.budget for plan in solved] == sorted(plan.budget for plan in solved)
+    predicted = [plan.predicted for plan in solved]
+    assert predicted == sorted(predicted, reverse=True)
+
+
+def test_plans_were_really_run(found: Analysis, model: Net) -> None:
+    """Each with its own choice, on the held-out batches."""
+    switched = SwitchedModel(model, everywhere("nvfp4"))
+    plain = switched.losses((), batches(2, 2), loss)
+    for plan in found.candidates:
+        if plan.measured is None:
+            assert plan.kind == "solved" and plan.name != found.chosen
+            continue
+        fp4 = set(found.scores).difference(plan.bf16)
+        losses = switched.losses(fp4, batches(2, 2), loss)
+        assert plan.measured == pytest.approx([one - other for one, other in zip(losses, plain, strict=True)])
+
+
+def test_the_plan_file_says_what_was_solved(found: Analysis, tmp_path: Path) -> None:
+    plan_of(found).save(tmp_path / "plan.json")
+    plan = plans.load(tmp_path / "plan.json")
+    chosen = next(candidate for candidate in found.candidates if candidate.name == found.chosen)
+    for site, role in found.scores:
+        decision = plan.decide(site, role)
+        assert decision is not None and decision[0] == ("bf16" if (site, role) in chosen.bf16 else "nvfp4")
+    for key in ("model", "data_hash", "weights_hash", "versions", "method", "budget", "recipe"):
+        assert key in plan.provenance
+
+
+def test_gradients_weigh_what_they_should(found: Analysis) -> None:
+    """All backward roles together a set share of all forward ones; within them by what they reach."""
+    forward = sum(max(0.0, value) for (_, role), value in found.scores.items() if role == "fprop")
+    backward = sum(value for (_, role), value in found.scores.items() if role != "fprop")
+    assert backward == pytest.approx(GRADIENT_SHARE * forward)
+    errors = gradient_errors(found.measurements)
+    assert ("blocks.0.up", "dgrad") not in errors, "nobody wants the gradient of the model's input"
+    first, last = errors["blocks.0.down", "dgrad"], errors["head", "dgrad"]
+    assert 0 < first < last, "the error of the last data gradient reaches all weights"
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "expected"),
+    [(2.0, None, 2.0), (2.0, 0.0, 2.0), (2.0, 1.0, 1.5), (-2.0, 1.0, -1.5), (1.0, 3.0, 0.0)],
+)
+def test_what_the_spread_explains_is_taken_off(mean: float, error: float | None, expected: float) -> None:
+    assert shrunk(mean, error) == expected
+
+
+def test_ablation_measures_one_at_a_time(model: Net) -> None:
+    data = batches(2, 1)
+    found = analyze(model, data, loss, (), Settings(method="ablate", budget=Budget(0.2)))
+    switched = SwitchedModel(model, everywhere("nvfp4"))
+    plain = switched.losses((), data, loss)
+    assert set(found.single) == {(site.site, "fprop") for site in found.measurements.sites}
+    for key, rise in found.single.items():
+        losses = switched.losses([key], data, loss)
+        assert rise == pytest.approx(sum(losses) / 2 - sum(plain) / 2, abs=1e-7)
+        assert found.scores[key] == rise
+    assert all(plan.measured is None for plan in found.candidates)
+
+
+def test_another_budget_needs_no_new_measurement(model: Net, tmp_path: Path) -> None:
+    """The parts of a first run are used again; only held-out batches are run."""
+    calls = 0
+
+    def counted(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return loss(model, batch)
+
+    first = analyze(model, batches(3, 1), counted, (), Settings(budget=Budget(0.2)), tmp_path)
+    assert calls == 3
+    second = analyze(model, batches(3, 1), counted, (), Settings(budget=Budget(0.5)), tmp_path)
+    assert calls == 3
+    assert first.scores == second.scores and first.chosen != second.chosen
+
+
+def test_a_budget_that_cannot_be_met(model: Net) -> None:
+    settings = Settings(budget=Budget(4.0, "bits"))
+    with pytest.raises(BudgetError, match=r"4\.5"):
+        analyze(model, batches(2, 1), loss, (), settings)
+    with pytest.raises(OptionError, match="unknown method 'prob'"):
+        Settings(method="prob")
+
+
+def test_batches_are_shared_out(model: Net) -> None:
+    """A task's own held-out batches, or those that come next; half of them where there are few."""
+    all_of_them = list(range(7))
+    assert data_of(Task("t", model, all_of_them, loss), 2) == ([0, 1], [2, 3])
+    assert data_of(Task("t", model, all_of_them, loss), 5) == ([0, 1, 2, 3], [4, 5, 6])
+    assert data_of(Task("t", model, all_of_them, loss, held_out=[9]), 2) == ([0, 1], [9])
+    with pytest.raises(DataError, match="at least two"):
+        data_of(Task("t", model, [1], loss), 2)
+
+
+TASK = """
+import sys
+sys.path.insert(0, {folder!r})
+from test_analyze import Net, batches, loss
+def task():
+    import torch
+    torch.manual_seed(0)
+    return Net(), batches(4, 1), loss
+def few():
+    return Net(), batches(1, 1), loss
+"""
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> str:
+    path = tmp_path / "net.py"
+    path.write_text(TASK.format(folder=str(Path(__file__).parent)))
+    return str(path)
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["sensitivity", *arguments], env={"COLUMNS": "120"})
+
+
+def test_the_command(task: str, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    found = run(f"{task}:task", "--budget", "0.2", "--batches", "2", "--out", str(out), "--keep", "head")
+    assert found.exit_code == 0, found.output
+    assert (
+        "solved 0.2" in found.stdout and "paper 0.2" in found.stdout and "matmuls that FP4 costs most" in found.stdout
+    )
+    assert plans.load(out / "plan.json").decide("head", "fprop") == ("bf16", "head")
+    data = json.loads((out / "sensitivity.json").read_text())
+    assert data["chosen"] == "solved 0.2" and data["measurements"]["provenance"]["task"].endswith("net.py:task")
+    assert "<html" in (out / "report.html").read_text()
+    again = run(f"{task}:task", "--budget", "0.5", "--batches", "2", "--out", str(out), "--json")
+    assert again.exit_code == 0 and json.loads(again.stdout)["chosen"] == "solved 0.5"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "give either a task"),
+        (("{task}:task", "--text", "x.txt"), "--text goes with --hf"),
+        (("{task}:task", "--hf", "x"), "give either a task"),
+        (("--hf", "nowhere"), "--text"),
+        (("--hf", "nowhere", "--text", "nothing.txt"), "nowhere"),
+        (("{task}:few",), "at least two"),
+        (("{task}:task", "--unit", "bits"), "say how much"),
+        (("{task}:task", "--unit", "bit", "--budget", "5"), "did you mean 'bits'"),
+        (("{task}:task", "--method", "x"), "valid: ablate, probe"),
+        (("{task}:task", "--budget", "15"), "for 15% write 0.15"),
+    ],
+)
+def test_what_a_user_can_get_wrong(task: str, arguments: tuple[str, ...], words: str) -> None:
+    found = run(*(argument.format(task=task) for argument in arguments))
+    assert found.exit_code == USER_ERROR
+    assert words in found.output and len(found.output.strip().splitlines()) == 1
