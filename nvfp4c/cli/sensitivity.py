@@ -181,6 +181,8 @@ def summary(analysis: Analysis) -> list[str]:
     """What was measured, and what was left out."""
     found = analysis.measurements
     lines = [f"Loss in high precision {found.loss:.4g}, mean of {found.batches} batches."]
+    everything = found.provenance["rise_with_everything_in_fp4"]
+    lines.append(f"With every forward matmul in FP4 it rises by {everything:+.2e} on the same batches.")
     left = [site.site for site in found.sites if site.obstacle]
     if left:
         lines.append(f"Not measured, so left in BF16: {', '.join(left[:5])}{', ...' if len(left) > 5 else ''}.")

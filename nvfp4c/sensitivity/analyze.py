@@ -79,11 +79,13 @@ def analyze(
     watch = watch or (lambda what, done, of: None)
     check_batches([*batches, *held_out])
     found = measure(model, batches, loss, settings.recipe, settings.seed, folder, watch)
-    found = replace(found, provenance={**found.provenance, "method": settings.method, "held_out": len(held_out)})
     with as_it_was(model):
         switched = SwitchedModel(model, everywhere(settings.recipe))
+        everything = rise_of(switched, forward_matmuls(found), batches, loss)
+        more = {"method": settings.method, "held_out": len(held_out), "rise_with_everything_in_fp4": everything}
+        found = replace(found, provenance={**found.provenance, **more})
         alone = ablated(switched, found, batches, loss, watch) if settings.method == "ablate" else {}
-        problem = Problem(found, {**scores(found), **alone}, settings.budget, settings.constraints)
+        problem = Problem(found, {**scores(found, everything), **alone}, settings.budget, settings.constraints)
         chosen = solve(problem)
         plans = [chosen, *rivals(problem, settings)]
         if held_out:
@@ -107,16 +109,25 @@ def rivals(problem: Problem, settings: Settings) -> tuple[Candidate, ...]:
     return (baselines.paper(problem), baselines.weights(problem), *baselines.random(problem, seeds))
 
 
+def forward_matmuls(found: Measurements) -> list[Key]:
+    """The forward matmuls that can run in FP4."""
+    return [(site.site, "fprop") for site in found.sites if "fprop" in site.roles]
+
+
+def rise_of(switched: SwitchedModel, fp4: Sequence[Key], batches: Sequence[Any], loss: Loss) -> float:
+    """The mean rise of the loss with these in FP4, really run."""
+    return _mean(_rise(switched.losses(fp4, batches, loss), switched.losses((), batches, loss)))
+
+
 def ablated(
     switched: SwitchedModel, found: Measurements, batches: Sequence[Any], loss: Loss, watch: Watch
 ) -> dict[Key, float]:
     """The rise of the loss with each forward matmul alone in FP4, really run."""
-    keys = [(site.site, "fprop") for site in found.sites if "fprop" in site.roles]
-    plain = switched.losses((), batches, loss)
+    keys = forward_matmuls(found)
     rises = {}
     for number, key in enumerate(keys):
         watch("measuring one at a time", number, len(keys))
-        rises[key] = _mean(_rise(switched.losses([key], batches, loss), plain))
+        rises[key] = rise_of(switched, [key], batches, loss)
     watch("measuring one at a time", len(keys), len(keys))
     return rises
 

@@ -1,10 +1,11 @@
 """From measurements to scores: by how much the loss is predicted to rise when a role of a site runs in FP4.
 
 fprop. The loss of a batch changes by g e + 1/2 e^T H e + ..., with the error e of the result and g = dL/dy. The probe
-measures the first term itself, sign and all, with its spread over batches; what the spread explains is taken off, for
-on other batches it comes out differently: first * max(0, 1 - error^2 / first^2), the positive-part estimator of James
-and Stein for one mean. The second term is that of the empirical Fisher matrix, as in post-training quantisation
-(ModelOpt's `auto_quantize` adds (g e)^2 over elements, which is its diagonal).
+measures the first term itself, sign and all, with its standard error s over batches; on other batches it comes out
+differently, so it is damped as a Wiener filter damps a signal in noise: first^3 / (first^2 + s^2). For the second term
+there is the empirical Fisher matrix, as in post-training quantisation (ModelOpt's `auto_quantize` adds (g e)^2 over
+elements, which is its diagonal). How far that is from the Hessian depends on model and loss, by orders of magnitude: it
+gets the one weight with which all sites together rise as much as was measured with all of them in FP4.
 
 dgrad, wgrad. These errors change gradients, not this batch's loss. A role is given what its error adds to the squared
 relative error of the gradients of all parameters that it reaches, weighted by their part of the squared gradient: wgrad
@@ -14,36 +15,48 @@ backward-only training loses beside forward-only (0.25 to 0.35% against 1.8 to 2
 
 from __future__ import annotations
 
+import math
+
 from nvfp4c.sensitivity.analysis import Key, Scores
 from nvfp4c.sensitivity.measurements import Measurements, RoleMeasure
 
 GRADIENT_SHARE = 0.14
 """What all gradients together weigh, over what all forward matmuls do: 0.3 / 2.15."""
 
-SECOND = "samples"
-"""Which of the second-order terms of a `RoleMeasure` counts."""
 
+def scores(measurements: Measurements, everything: float | None = None) -> Scores:
+    """A score for every site and role that was measured, in units of the loss.
 
-def scores(measurements: Measurements) -> Scores:
-    """A score for every site and role that was measured, in units of the loss."""
-    forward = {(site.site, "fprop"): rise(site.roles["fprop"]) for site in measurements.sites if "fprop" in site.roles}
+    everything: the rise of the loss with all forward matmuls in FP4, on the same batches; None leaves the second-order
+    terms out.
+    """
+    weight = 0.0 if everything is None else second_weight(measurements, everything)
+    forward = {
+        (site.site, "fprop"): rise(site.roles["fprop"], weight) for site in measurements.sites if "fprop" in site.roles
+    }
     backward = gradient_errors(measurements)
     total, reached = sum(max(0.0, value) for value in forward.values()), sum(backward.values())
     unit = GRADIENT_SHARE * total / reached if reached else 0.0
     return {**forward, **{key: unit * value for key, value in backward.items()}}
 
 
-def rise(role: RoleMeasure) -> float:
-    """The predicted rise of the loss by the error of a forward matmul."""
-    first, second = role.first or 0.0, getattr(role, SECOND) or 0.0
-    return shrunk(first, role.first_error) + second
+def second_weight(measurements: Measurements, everything: float) -> float:
+    """What second-order terms are multiplied by so that all sites add up to the rise with everything in FP4; 0 to 1."""
+    roles = [site.roles["fprop"] for site in measurements.sites if "fprop" in site.roles]
+    first, second = (math.fsum(getattr(role, name) or 0.0 for role in roles) for name in ("first", "samples"))
+    return min(1.0, max(0.0, (everything - first) / second)) if second > 0 else 0.0
 
 
-def shrunk(mean: float, error: float | None) -> float:
-    """A mean less what its own standard error explains; as it is where no error is known."""
-    if error is None or not mean:
+def rise(role: RoleMeasure, weight: float) -> float:
+    """The predicted rise of the loss by the error of a forward matmul. weight: of the second-order term."""
+    return damped(role.first or 0.0, role.first_error) + weight * (role.samples or 0.0)
+
+
+def damped(mean: float, error: float | None) -> float:
+    """A mean, the smaller the more of it its standard error explains; as it is where no error is known."""
+    if not error or not mean:
         return mean
-    return mean * max(0.0, 1.0 - (error / mean) ** 2)
+    return mean / (1.0 + (error / mean) ** 2)
 
 
 def gradient_errors(measurements: Measurements) -> dict[Key, float]:

@@ -19,7 +19,7 @@ from nvfp4c.sensitivity.analysis import Analysis
 from nvfp4c.sensitivity.analyze import Settings, analyze, data_of, plan_of
 from nvfp4c.sensitivity.budgets import Budget
 from nvfp4c.sensitivity.measure import everywhere
-from nvfp4c.sensitivity.score import GRADIENT_SHARE, gradient_errors, shrunk
+from nvfp4c.sensitivity.score import GRADIENT_SHARE, damped, gradient_errors, scores, second_weight
 from nvfp4c.sensitivity.switched import SwitchedModel
 from nvfp4c.tasks import Task
 
@@ -125,10 +125,26 @@ def test_gradients_weigh_what_they_should(found: Analysis) -> None:
 
 @pytest.mark.parametrize(
     ("mean", "error", "expected"),
-    [(2.0, None, 2.0), (2.0, 0.0, 2.0), (2.0, 1.0, 1.5), (-2.0, 1.0, -1.5), (1.0, 3.0, 0.0)],
+    [(2.0, None, 2.0), (2.0, 0.0, 2.0), (2.0, 2.0, 1.0), (-2.0, 2.0, -1.0), (1.0, 3.0, 0.1), (0.0, 1.0, 0.0)],
 )
-def test_what_the_spread_explains_is_taken_off(mean: float, error: float | None, expected: float) -> None:
-    assert shrunk(mean, error) == expected
+def test_what_the_spread_explains_is_damped(mean: float, error: float | None, expected: float) -> None:
+    assert damped(mean, error) == pytest.approx(expected)
+
+
+def test_second_order_terms_add_up_to_what_was_measured(found: Analysis) -> None:
+    """Together with the first-order ones, unless that would take a weight below 0 or above 1."""
+    roles = [site.roles["fprop"] for site in found.measurements.sites]
+    first, second = (sum(getattr(role, name) for role in roles) for name in ("first", "samples"))
+    assert second_weight(found.measurements, first + 0.25 * second) == pytest.approx(0.25)
+    assert second_weight(found.measurements, first - second) == 0
+    assert second_weight(found.measurements, first + 2 * second) == 1
+    everything = found.measurements.provenance["rise_with_everything_in_fp4"]
+    assert found.scores == scores(found.measurements, everything)
+    without = scores(found.measurements)
+    weight = second_weight(found.measurements, everything)
+    for site in found.measurements.sites:
+        key = (site.site, "fprop")
+        assert found.scores[key] - without[key] == pytest.approx(weight * site.roles["fprop"].samples)
 
 
 def test_ablation_measures_one_at_a_time(model: Net) -> None:
@@ -145,7 +161,7 @@ def test_ablation_measures_one_at_a_time(model: Net) -> None:
 
 
 def test_another_budget_needs_no_new_measurement(model: Net, tmp_path: Path) -> None:
-    """The parts of a first run are used again; only held-out batches are run."""
+    """The parts of a first run are used again; only plans are run."""
     calls = 0
 
     def counted(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -154,9 +170,9 @@ def test_another_budget_needs_no_new_measurement(model: Net, tmp_path: Path) -> 
         return loss(model, batch)
 
     first = analyze(model, batches(3, 1), counted, (), Settings(budget=Budget(0.2)), tmp_path)
-    assert calls == 3
+    assert calls == 3 + 6, "the probe, and everything in FP4 beside nothing"
     second = analyze(model, batches(3, 1), counted, (), Settings(budget=Budget(0.5)), tmp_path)
-    assert calls == 3
+    assert calls == 3 + 6 + 6
     assert first.scores == second.scores and first.chosen != second.chosen
 
 
