@@ -61,6 +61,12 @@ def test_the_papers_first_block_is_begun_from_its_start() -> None:
     assert sites(found) == ["layers.0.q", *(f"layers.{index}.{name}" for index in (2, 3) for name in ("q", "down"))]
 
 
+def test_no_block_follows_one_that_does_not_fit() -> None:
+    """Of blocks that take 3, 3, 15 and 3 operations, the last one; then nothing."""
+    found = measurements(*(site(f"layers.{index}.q", count) for index, count in enumerate((1, 1, 5, 1))))
+    assert sites(paper(asked(found, 9 / 24))) == ["layers.3.q"]
+
+
 def test_the_head_comes_first() -> None:
     """9 of 21 operations: the head takes 3, the last block 6."""
     assert sites(paper(asked(stack(3, head=1), 9 / 21))) == ["layers.2.q", "layers.2.down", "head"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from invented import measurements, site, stack
 
@@ -36,9 +38,9 @@ def test_a_shared_weight() -> None:
 
 
 def test_sites_without_a_weight_share_none() -> None:
-    found = measurements(*(site(name, (1, 0, 0)) for name in "ab"))
-    nameless = Measurements(tuple(type(one)(**{**vars(one), "weight": ""}) for one in found.sites), 3.0, 1)
-    assert together(nameless) == ["a.fprop", "b.fprop"]
+    sites = [site("a", (1, 0, 0)), site("b", (1, 0, 0)), site("c", obstacle=OBSTACLE)]
+    nameless = measurements(*(replace(one, weight="") for one in sites))
+    assert groups(nameless, UNCONSTRAINED) == (Group((("a", "fprop"),)), Group((("b", "fprop"),)))
 
 
 def test_a_shared_weight_that_cannot_run_in_fp4() -> None:

@@ -88,6 +88,18 @@ def test_a_curve_never_rises(problem: Problem, shares: list[float]) -> None:
     assert predicted == sorted(predicted, reverse=True)
 
 
+def test_a_curve_keeps_a_plan_until_there_is_a_better_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans that the solver takes for equal may differ by a rounding."""
+    problem = Problem(stack(1), rising(stack(1)), Budget(0.5))
+    rises = {0.1: 1.0, 0.2: 1.0 + 1e-15, 0.3: 0.5}
+    monkeypatch.setattr(
+        "nvfp4c.sensitivity.solve.solve",
+        lambda asked: replace(asked.candidate("solved", ()), predicted=rises[asked.budget.limit]),
+    )
+    found = [(one.name, one.budget, one.predicted) for one in curve(problem, rises)]
+    assert found == [("solved 0.1", 0.1, 1.0), ("solved 0.2", 0.2, 1.0), ("solved 0.3", 0.3, 0.5)]
+
+
 def test_a_curve_of_speeds_begins_with_the_fastest() -> None:
     model = sized(stack(3), 8192)
     found = curve(Problem(model, rising(model), Budget(1, "speed", "sm_100")), [1, 2, 1.5])
@@ -120,6 +132,16 @@ def test_a_pair_that_is_bad_together() -> None:
     assert solve(Problem(found, scores, Budget(0.2), pair_terms={pair: 5.0})).bf16 == (("b", "fprop"),)
     assert solve(Problem(found, scores, Budget(0.5), pair_terms={pair: 0.5})).bf16 == (("c", "fprop"),)
     assert solve(Problem(found, scores, Budget(0.1), pair_terms={pair: 5.0})).predicted == 6.0
+
+
+def test_a_pair_that_is_good_together() -> None:
+    """Errors that cancel: a and b are worst alone, and yet c stays."""
+    found = measurements(*(site(name, (1, 0, 0)) for name in "abc"))
+    scores = {("a", "fprop"): 1.0, ("b", "fprop"): 1.0, ("c", "fprop"): 0.5}
+    pair = (("b", "fprop"), ("a", "fprop"))
+    chosen = solve(Problem(found, scores, Budget(0.34), pair_terms={pair: -1.9}))
+    assert chosen.bf16 == (("c", "fprop"),)
+    assert chosen.predicted == pytest.approx(0.1)
 
 
 def test_scores_of_any_size() -> None:
