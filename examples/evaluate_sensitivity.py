@@ -1,0 +1,182 @@
+"""How good are the scores, and the plan? Against the measured truth on a model, over several draws of its batches.
+
+python examples/evaluate_sensitivity.py examples/sensitivity_minilm.py:task --batches 24 --seeds 3 --out docs/results
+
+Every batch of a pool is probed, and run with each forward matmul alone in FP4. Then, for each seed, the pool is dealt
+into a half to choose by and a half to judge by: the rank correlation of scores with measured rises, on both halves; and
+what the solved plan and its rivals do to the loss of the half that nothing was chosen by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import chain, islice
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from scipy.stats import spearmanr
+
+from nvfp4c.bench.record import Record, about, save
+from nvfp4c.cli.bench import progress
+from nvfp4c.sensitivity.analysis import Candidate, Key
+from nvfp4c.sensitivity.analyze import Loss, Settings, forward_matmuls, rivals
+from nvfp4c.sensitivity.budgets import Budget
+from nvfp4c.sensitivity.measure import Watch, as_it_was, everywhere, measure
+from nvfp4c.sensitivity.measurements import Measurements, load, merged
+from nvfp4c.sensitivity.problem import Problem
+from nvfp4c.sensitivity.report import mean_and_interval
+from nvfp4c.sensitivity.score import scores
+from nvfp4c.sensitivity.solve import solve
+from nvfp4c.sensitivity.switched import SwitchedModel
+from nvfp4c.tasks import load_task
+
+Rises = dict[Key, tuple[float, ...]]
+"""The rise of the loss of each batch of the pool, with one forward matmul in FP4."""
+
+
+def main() -> None:
+    arguments = parse()
+    task = load_task(arguments.task)
+    batches, loss = task.training()
+    pool = list(islice(chain(batches, task.held_out or ()), arguments.batches))
+    settings = Settings(budget=Budget(arguments.budget))
+    began = time.perf_counter()
+    with progress() as watch:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(task.model, pool, loss, settings.recipe, folder=Path(folder), watch=watch)
+            parts = [load(path) for path in sorted(Path(folder).iterdir())]
+        probed = time.perf_counter()
+        switched = SwitchedModel(task.model, everywhere(settings.recipe))
+        with as_it_was(task.model):
+            plain = switched.losses((), pool, loss)
+            everything = switched.losses(forward_matmuls(parts[0]), pool, loss)
+            rises = single_rises(switched, parts[0], pool, plain, loss, watch)
+            draws = [
+                draw(seed, parts, rises, plain, everything, pool, switched, settings, loss)
+                for seed in range(arguments.seeds)
+            ]
+    results = {
+        "loss": fmean(plain),
+        "rise_with_everything_in_fp4": mean_and_interval(rise(everything, plain)),
+        "seconds": {"probe": probed - began, "all": time.perf_counter() - began},
+        "draws": draws,
+        "single": {f"{site} {role}": list(values) for (site, role), values in rises.items()},
+    }
+    console = Console()
+    for line in summary(results):
+        console.print(line, highlight=False, soft_wrap=True)
+    if arguments.out is not None:
+        command = f"python {' '.join(sys.argv)}"
+        chosen = {"task": arguments.task, "budget": arguments.budget, "batches": len(pool), "seeds": arguments.seeds}
+        device = parts[0].provenance["device"].partition(":")[0]
+        record = Record(f"sensitivity-{arguments.name}", about(device, command, arguments.commit), chosen, results)
+        console.print(f"Written: {save(record, arguments.out)}", highlight=False, soft_wrap=True)
+
+
+def single_rises(
+    switched: SwitchedModel, found: Measurements, pool: Sequence[Any], plain: Sequence[float], loss: Loss, watch: Watch
+) -> Rises:
+    keys = forward_matmuls(found)
+    rises = {}
+    for number, key in enumerate(keys):
+        watch("one matmul at a time", number, len(keys))
+        rises[key] = rise(switched.losses([key], pool, loss), plain)
+    return rises
+
+
+def draw(
+    seed: int,
+    parts: Sequence[Measurements],
+    rises: Rises,
+    plain: Sequence[float],
+    everything: Sequence[float],
+    pool: Sequence[Any],
+    switched: SwitchedModel,
+    settings: Settings,
+    loss: Loss,
+) -> dict[str, Any]:
+    """One way to deal the pool: the correlations, and the plans on the held-out half."""
+    order = random.Random(seed).sample(range(len(pool)), len(pool))
+    chosen, held_out = order[: len(pool) // 2], order[len(pool) // 2 :]
+    found = merged([parts[number] for number in chosen])
+    score = scores(found, fmean(rise(everything, plain)[number] for number in chosen))
+    problem = Problem(found, score, settings.budget)
+    keys = list(rises)
+    predicted = [score[key] for key in keys]
+
+    def correlation(batches: Sequence[int], against: Sequence[float]) -> float:
+        return float(spearmanr(against, [fmean(rises[key][number] for number in batches) for key in keys]).statistic)
+
+    noise = [role.noise / role.signal for role in (site.roles["fprop"] for site in found.sites)]
+    diagonal = [site.roles["fprop"].diagonal or 0.0 for site in found.sites]
+    return {
+        "seed": seed,
+        "spearman": {
+            "same batches": correlation(chosen, predicted),
+            "held-out batches": correlation(held_out, predicted),
+            "diagonal alone, same batches": correlation(chosen, diagonal),
+            "relative error alone, same batches": correlation(chosen, noise),
+            # What no score can beat: the measured rises themselves, from the half to choose by.
+            "measured on one half, against the other": correlation(
+                held_out, [fmean(rises[key][number] for number in chosen) for key in keys]
+            ),
+        },
+        "plans": [
+            run(plan, problem, switched, [pool[number] for number in held_out], [plain[n] for n in held_out], loss)
+            for plan in (solve(problem), *rivals(problem, settings))
+        ],
+    }
+
+
+def run(
+    plan: Candidate,
+    problem: Problem,
+    switched: SwitchedModel,
+    batches: Sequence[Any],
+    plain: Sequence[float],
+    loss: Loss,
+) -> dict[str, Any]:
+    measured = rise(switched.losses(set(problem.choices).difference(plan.bf16), batches, loss), plain)
+    mean, interval = mean_and_interval(measured)
+    return {**asdict(plan), "measured": measured, "mean": mean, "interval": interval}
+
+
+def rise(losses: Sequence[float], plain: Sequence[float]) -> tuple[float, ...]:
+    return tuple(one - other for one, other in zip(losses, plain, strict=True))
+
+
+def summary(result: dict[str, Any]) -> list[str]:
+    mean, interval = result["rise_with_everything_in_fp4"]
+    lines = [f"Loss {result['loss']:.4g}; with every forward matmul in FP4 {mean:+.2e} +- {interval:.1e}."]
+    for name in result["draws"][0]["spearman"]:
+        values = ", ".join(f"{draw['spearman'][name]:.3f}" for draw in result["draws"])
+        lines.append(f"Spearman, {name}: {values}")
+    for place, plan in enumerate(result["draws"][0]["plans"]):
+        values = [draw["plans"][place] for draw in result["draws"]]
+        shown = ", ".join(f"{value['mean']:+.2e} +- {value['interval']:.1e}" for value in values)
+        lines.append(f"{plan['name']}: measured rise {shown} (in BF16 {plan['share']:.1%})")
+    return lines
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", help="FILE.py:callable, which returns (model, batches, loss)")
+    parser.add_argument("--batches", type=int, default=24, help="of the pool, dealt into two halves")
+    parser.add_argument("--seeds", type=int, default=3, help="how often it is dealt")
+    parser.add_argument("--budget", type=float, default=0.15, help="share of matmul operations left in BF16")
+    parser.add_argument("--name", default="model", help="what the result's file is called after")
+    parser.add_argument("--commit", help="what to record where this is no git checkout")
+    parser.add_argument("--out", type=Path, help="a folder to write the result to")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
