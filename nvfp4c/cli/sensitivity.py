@@ -130,15 +130,16 @@ def ranking(analysis: Analysis) -> Table:
     measured = {(site.site, name): role for site in analysis.measurements.sites for name, role in site.roles.items()}
     total = sum(role.operations for role in measured.values())
     table = Table(
-        title=f"The {min(SHOWN, len(ranked))} of {len(ranked)} matmuls that FP4 costs most",
+        title=f"The {min(SHOWN, len(ranked))} of {len(ranked)} matmuls that FP4 costs most: predicted rise of the loss, "
+        "signal-to-noise ratio of the result, share of all matmul operations",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    table.add_column("matmul", overflow="fold")
+    table.add_column("matmul", overflow="fold", ratio=1)
     table.add_column("role")
-    for name in ("rise of the loss", "signal/noise dB", "operations", "plan"):
-        table.add_column(name, justify="right")
+    for name in ("rise", "SNR dB", "share", "plan"):
+        table.add_column(name, justify="right", no_wrap=True)
     for key, score in ranked[:SHOWN]:
         role = measured[key]
         table.add_row(

@@ -44,8 +44,9 @@ class Analysis:
     """candidates: the solved ones are the curve over budgets. chosen: the name of the one that plan.json holds.
 
     budget_unit: what a budget is: "operations" (share of them in high precision), "bits" (mean bits of a weight), or
-    "speed" (of a step, over all in high precision) on `target`. single: measured rise of the loss with this one
-    alone in FP4, where it was measured.
+    "speed" (of a step, over all in high precision) on `target`. Where they were measured, of each one: single, the
+    rise of the loss with it alone in FP4; all_but, with everything but it; cosine, of the angle between the parameters'
+    gradients with it alone in FP4 and without.
     """
 
     measurements: Measurements
@@ -55,6 +56,8 @@ class Analysis:
     budget_unit: str = "operations"
     target: str = ""
     single: Scores = field(default_factory=dict)
+    all_but: Scores = field(default_factory=dict)
+    cosine: Scores = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; scores as site: role: number."""
@@ -62,6 +65,8 @@ class Analysis:
             "measurements": self.measurements.to_dict(),
             "scores": nested(self.scores),
             "single": nested(self.single),
+            "all_but": nested(self.all_but),
+            "cosine": nested(self.cosine),
             "candidates": [asdict(candidate) for candidate in self.candidates],
             "chosen": self.chosen,
             "budget_unit": self.budget_unit,

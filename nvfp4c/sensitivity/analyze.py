@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from nvfp4c import recipe as recipes
 from nvfp4c.errors import DataError, OptionError, nearest
@@ -17,7 +18,7 @@ from nvfp4c.files import write_text
 from nvfp4c.plan import PrecisionPlan
 from nvfp4c.recipe import Recipe
 from nvfp4c.sensitivity import baselines, report
-from nvfp4c.sensitivity.analysis import Analysis, Candidate, Key
+from nvfp4c.sensitivity.analysis import Analysis, Candidate, Key, Scores
 from nvfp4c.sensitivity.budgets import PAPER_SHARE, Budget
 from nvfp4c.sensitivity.constraints import UNCONSTRAINED, Constraints
 from nvfp4c.sensitivity.measure import Watch, as_it_was, check_batches, everywhere, measure
@@ -45,8 +46,7 @@ CURVES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """method: "probe", or "ablate": the loss is measured with each forward matmul alone in FP4. random: how many random
-    plans there are beside the others."""
+    """method: "probe", or "ablate": see `ablate`. random: how many random plans there are beside the others."""
 
     recipe: Recipe = recipes.RECIPES[recipes.DEFAULT_RECIPE]
     budget: Budget = field(default_factory=lambda: Budget(PAPER_SHARE))
@@ -84,8 +84,10 @@ def analyze(
         everything = rise_of(switched, forward_matmuls(found), batches, loss)
         more = {"method": settings.method, "held_out": len(held_out), "rise_with_everything_in_fp4": everything}
         found = replace(found, provenance={**found.provenance, **more})
-        alone = ablated(switched, found, batches, loss, watch) if settings.method == "ablate" else {}
-        problem = Problem(found, {**scores(found, everything), **alone}, settings.budget, settings.constraints)
+        ablation = ablate(switched, found, batches, loss, watch) if settings.method == "ablate" else Ablation()
+        problem = Problem(
+            found, {**scores(found, everything), **ablation.single}, settings.budget, settings.constraints
+        )
         chosen = solve(problem)
         plans = [chosen, *rivals(problem, settings)]
         if held_out:
@@ -99,7 +101,9 @@ def analyze(
         chosen=chosen.name,
         budget_unit=settings.budget.unit,
         target=settings.budget.target,
-        single=alone,
+        single=ablation.single,
+        all_but=ablation.all_but,
+        cosine=ablation.cosine,
     )
 
 
@@ -119,17 +123,33 @@ def rise_of(switched: SwitchedModel, fp4: Sequence[Key], batches: Sequence[Any],
     return _mean(_rise(switched.losses(fp4, batches, loss), switched.losses((), batches, loss)))
 
 
-def ablated(
-    switched: SwitchedModel, found: Measurements, batches: Sequence[Any], loss: Loss, watch: Watch
-) -> dict[Key, float]:
-    """The rise of the loss with each forward matmul alone in FP4, really run."""
-    keys = forward_matmuls(found)
-    rises = {}
-    for number, key in enumerate(keys):
-        watch("measuring one at a time", number, len(keys))
-        rises[key] = rise_of(switched, [key], batches, loss)
-    watch("measuring one at a time", len(keys), len(keys))
-    return rises
+@dataclass(frozen=True)
+class Ablation:
+    """What `--method ablate` measures: see `Analysis`."""
+
+    single: Scores = field(default_factory=dict)
+    all_but: Scores = field(default_factory=dict)
+    cosine: Scores = field(default_factory=dict)
+
+
+def ablate(switched: SwitchedModel, found: Measurements, batches: Sequence[Any], loss: Loss, watch: Watch) -> Ablation:
+    """One matmul after the other, really run: forward ones for the loss of all batches, all roles for the gradients of
+    the first batch."""
+    what = "measuring one at a time"
+    forward = forward_matmuls(found)
+    every = [(site.site, role) for site in found.sites for role in site.roles]
+    steps = len(forward) + len(every)
+    single, all_but, cosine = {}, {}, {}
+    for number, key in enumerate(forward):
+        watch(what, number, steps)
+        single[key] = rise_of(switched, [key], batches, loss)
+        all_but[key] = rise_of(switched, [other for other in forward if other != key], batches, loss)
+    exact = switched.gradient((), batches[0], loss)
+    for number, key in enumerate(every, len(forward)):
+        watch(what, number, steps)
+        cosine[key] = float(cosine_similarity(switched.gradient([key], batches[0], loss), exact, dim=0))
+    watch(what, steps, steps)
+    return Ablation(single, all_but, cosine)
 
 
 def verified(

@@ -58,6 +58,7 @@ class SwitchedModel:
     """A model under a recipe, to be run with any choice of what is in FP4."""
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._switches = Switches()
         self._model = switched(model, recipe, self._switches)
 
@@ -66,3 +67,10 @@ class SwitchedModel:
         """The loss of each batch with these sites and roles in FP4, all others as they are."""
         self._switches.fp4 = frozenset(fp4)
         return tuple(float(loss(self._model, batch)) for batch in batches)
+
+    def gradient(self, fp4: Iterable[Key], batch: Any, loss: Callable[..., Tensor]) -> Tensor:
+        """The gradient of a batch's loss, of all parameters one after the other: float32 [parameters]. Those of the
+        model itself stay as they are."""
+        self._switches.fp4 = frozenset(fp4)
+        found = torch.autograd.grad(loss(self._model, batch), self._parameters, allow_unused=True)
+        return torch.cat([gradient.float().flatten() for gradient in found if gradient is not None])

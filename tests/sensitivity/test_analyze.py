@@ -157,6 +157,12 @@ def test_ablation_measures_one_at_a_time(model: Net) -> None:
         losses = switched.losses([key], data, loss)
         assert rise == pytest.approx(sum(losses) / 2 - sum(plain) / 2, abs=1e-7)
         assert found.scores[key] == rise
+        others = [other for other in found.single if other != key]
+        losses = switched.losses(others, data, loss)
+        assert found.all_but[key] == pytest.approx(sum(losses) / 2 - sum(plain) / 2, abs=1e-7)
+    assert set(found.cosine) == set(found.scores)
+    assert all(0.9 < cosine < 1 for cosine in found.cosine.values())
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert all(plan.measured is None for plan in found.candidates)
 
 
