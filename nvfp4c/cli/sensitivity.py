@@ -130,8 +130,8 @@ def ranking(analysis: Analysis) -> Table:
     measured = {(site.site, name): role for site in analysis.measurements.sites for name, role in site.roles.items()}
     total = sum(role.operations for role in measured.values())
     table = Table(
-        title=f"The {min(SHOWN, len(ranked))} of {len(ranked)} matmuls that FP4 costs most: predicted rise of the loss, "
-        "signal-to-noise ratio of the result, share of all matmul operations",
+        title=f"The {min(SHOWN, len(ranked))} of {len(ranked)} matmuls that FP4 costs most: predicted rise of the loss,"
+        " signal-to-noise of the result, share of all matmul operations",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
