@@ -48,7 +48,7 @@ def launches(node: fx.Node, device: torch.device, capability: tuple[int, int] | 
         down = codes.stride(-1) != 1
         yield from _unpacking(values.mT if down else values, down, device)
     elif node.target is PRODUCT:
-        yield operations.FACTORS, None
+        yield operations.product_factors(device), None
     elif node.target is WEIGHT:
         weight, dtype, text, _ = arguments(node)
         shape, stride, _ = _layout(weight.meta["val"])

@@ -34,9 +34,6 @@ DISPATCH_KEYS = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
 UNPACK_TILE = Tile(groups=2, columns=128, warps=4)
 
 
-FACTORS = Launch(kernels.product_factors, 1, (torch.float32,) * 3, (), {}, warps=1)
-"""Of a product's two amaxes: its global factor, and 0."""
-
 SHAPES_KEPT = 4096
 """Of how many regions and shapes the launches are remembered: sizes may be dynamic."""
 
@@ -190,6 +187,12 @@ def unpacking(shape: tuple[int, ...], down: bool, device: torch.device) -> Launc
     )
 
 
+@cache
+def product_factors(device: torch.device) -> Launch:
+    """The launch that gives, of a product's two amaxes, its global factor and 0. device: as in `unpacking`."""
+    return Launch(kernels.product_factors, 1, (torch.float32,) * 3, (), {}, warps=1)
+
+
 def dequantize(codes: Tensor, scales: Tensor, k: int, down: bool) -> Tensor:
     """code * scale, bfloat16: exact, without the global factor.
 
@@ -212,7 +215,7 @@ def product(
     a: [.., M, K]; b: [.., N, K]; bias: broadcastable to the result. Operands are neither copied nor transposed.
     """
     factors = a_amax.new_empty(2)
-    FACTORS((a_amax, b_amax, factors))  # a launch of its own: Inductor takes longer to compile as many
+    product_factors(a.device)((a_amax, b_amax, factors))  # a launch of its own: Inductor takes longer to compile as many
     return _scaled(a, b, factors, bias, out_dtype)
 
 
