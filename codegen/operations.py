@@ -215,7 +215,8 @@ def product(
     a: [.., M, K]; b: [.., N, K]; bias: broadcastable to the result. Operands are neither copied nor transposed.
     """
     factors = a_amax.new_empty(2)
-    product_factors(a.device)((a_amax, b_amax, factors))  # a launch of its own: Inductor takes longer to compile as many
+    # A launch of its own: Inductor would take longer to compile as many.
+    product_factors(a.device)((a_amax, b_amax, factors))
     return _scaled(a, b, factors, bias, out_dtype)
 
 
