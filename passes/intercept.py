@@ -7,21 +7,37 @@ becomes
 `Observe` leaves all of them but one a site, the last in backward, whose call gets the operands of the others too:
     %dx = aten.mm(%dy, %w)
 becomes
-    %dx = operation(%dy, %w, [%x, %w_t], [%dy_t, %x], session, "fc1", "dgrad")
+    %dx = operation(%dy, %w, [%x, %w_t], [%dy_t, %x], samples, session, "fc1", "dgrad")
 Both calls return what the matmul returns. So everything about a site is at hand at one moment, and nothing is kept for
 it that backward does not keep anyway.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 from torch.fx.node import Target
 
-from nvfp4c.dialect import ASSIGNMENT, MATMUL, Assignment, Matmul, Operand, Role, arguments, assignment_of, matmul_of
+from nvfp4c.dialect import (
+    ASSIGNMENT,
+    MATMUL,
+    Assignment,
+    Matmul,
+    Operand,
+    Role,
+    arguments,
+    assignment_of,
+    matmul_of,
+    numbers,
+)
 from nvfp4c.passes.classify import OPERAND_PLACES, origin
-from nvfp4c.passes.graph_edit import backward_nodes, insert
+from nvfp4c.passes.graph_edit import SHAPE_OPS, backward_nodes, insert
+
+aten = torch.ops.aten
+SAME_ELEMENTS = SHAPE_OPS | {aten._to_copy.default, torch.ops.prims.convert_element_type.default}
 
 
 @dataclass(frozen=True)
@@ -112,8 +128,8 @@ class Switch:
 
 @dataclass(frozen=True)
 class Observe:
-    """operation: (left, right, operands of fprop, operands of the other backward matmul, session, site, role) -> what
-    the matmul gives; an empty list where the site has no such matmul in this graph."""
+    """operation: (left, right, operands of fprop, operands of the other backward matmul, samples, session, site, role)
+    -> what the matmul gives; an empty list where the site has no such matmul in this graph. samples: see `samples`."""
 
     operation: Target
     session: int
@@ -125,9 +141,37 @@ class Observe:
             others = (Role.FPROP, Role.DGRAD if found.host is Role.WGRAD else Role.WGRAD)
             pairs = [list(operands(found.roles[role])) if role in found.roles else [] for role in others]
             node = found.roles[found.host]
-            args = (*operands(node), *pairs, self.session, found.site, found.host.value)
+            args = (*operands(node), *pairs, samples(graph, found), self.session, found.site, found.host.value)
             _replace(graph, node, self.operation, args)
         return graph
+
+
+def samples(graph: fx.Graph, found: SiteNodes) -> int | fx.Node:
+    """How many samples the rows that a site reads belong to, the same number of rows to each; 0 where it is not known.
+
+    They lie along the first axis of the tensor of three or more axes whose rows they are: what the layer was called
+    with. A weight of three axes has each row read by every part of it, or each part reads rows of its own: then nothing
+    says whose they are.
+    """
+    role = next(role for role in found.roles if Operand.INPUT in found.matmul(role).operands)
+    place = found.matmul(role).operands.index(Operand.INPUT)
+    node = operands(found.roles[role])[place]
+    shape = numbers(node.meta["val"].shape)
+    # The contraction of fprop is along features, that of wgrad along rows.
+    rows = shape[-2] if (place == 0) == (role is Role.FPROP) else shape[-1]
+    parts = len(numbers(found.weight.meta["val"].shape)) > 2
+    rows = rows if parts else rows * math.prod(shape[:-2])
+    passed = {*SAME_ELEMENTS, aten.expand.default} if parts else SAME_ELEMENTS
+    while (len(shape) < 3 or parts) and node.target in passed:
+        node = arguments(node)[0]
+        shape = numbers(node.meta["val"].shape)
+    if len(shape) < 3 or shape[0] == 0 or rows % shape[0] or (parts and math.prod(shape[:-1]) != rows):
+        return 0
+    size = node.meta["val"].shape[0]
+    if isinstance(size, int):
+        return size
+    with graph.inserting_after(node):
+        return insert(graph, aten.sym_size.int, (node, 0), node)
 
 
 def _replace(graph: fx.Graph, node: fx.Node, target: Target, args: tuple[object, ...]) -> None:

@@ -21,7 +21,7 @@ from nvfp4c.sensitivity import baselines, report
 from nvfp4c.sensitivity.analysis import Analysis, Candidate, Key, Scores
 from nvfp4c.sensitivity.budgets import PAPER_SHARE, Budget
 from nvfp4c.sensitivity.constraints import UNCONSTRAINED, Constraints
-from nvfp4c.sensitivity.measure import Watch, as_it_was, check_batches, everywhere, measure
+from nvfp4c.sensitivity.measure import Watch, check_batches, everywhere, measure
 from nvfp4c.sensitivity.measurements import Measurements
 from nvfp4c.sensitivity.plans import to_plan
 from nvfp4c.sensitivity.problem import Problem
@@ -79,19 +79,16 @@ def analyze(
     watch = watch or (lambda what, done, of: None)
     check_batches([*batches, *held_out])
     found = measure(model, batches, loss, settings.recipe, settings.seed, folder, watch)
-    with as_it_was(model):
-        switched = SwitchedModel(model, everywhere(settings.recipe))
-        everything = rise_of(switched, forward_matmuls(found), batches, loss)
-        more = {"method": settings.method, "held_out": len(held_out), "rise_with_everything_in_fp4": everything}
-        found = replace(found, provenance={**found.provenance, **more})
-        ablation = ablate(switched, found, batches, loss, watch) if settings.method == "ablate" else Ablation()
-        problem = Problem(
-            found, {**scores(found, everything), **ablation.single}, settings.budget, settings.constraints
-        )
-        chosen = solve(problem)
-        plans = [chosen, *rivals(problem, settings)]
-        if held_out:
-            plans = verified(switched, problem, plans, held_out, loss, watch)
+    switched = SwitchedModel(model, everywhere(settings.recipe))
+    everything = rise_of(switched, forward_matmuls(found), batches, loss)
+    more = {"method": settings.method, "held_out": len(held_out), "rise_with_everything_in_fp4": everything}
+    found = replace(found, provenance={**found.provenance, **more})
+    ablation = ablate(switched, found, batches, loss, watch) if settings.method == "ablate" else Ablation()
+    problem = Problem(found, {**scores(found, everything), **ablation.single}, settings.budget, settings.constraints)
+    chosen = solve(problem)
+    plans = [chosen, *rivals(problem, settings)]
+    if held_out:
+        plans = verified(switched, problem, plans, held_out, loss, watch)
     limits = {*CURVES[settings.budget.unit], settings.budget.limit}
     others = [plan for plan in curve(problem, limits) if plan.budget != settings.budget.limit]
     return Analysis(

@@ -1,20 +1,22 @@
 """A model whose matmuls ask someone: compiled by Dynamo and AOTAutograd, with `passes.intercept`, and run uncompiled.
 
 A watcher gets every call by the number of its session. The model itself is not touched, and other compiled forms of it
-stay as they are.
+stay as they are. Dynamo keeps every backend for good, so a backend holds neither its model nor its watcher.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from itertools import count
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
+from torch._dynamo.backends.debugging import boxed_nop
+from torch._dynamo.eval_frame import OptimizedModule
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 
@@ -35,7 +37,14 @@ class Watcher(Protocol):
     def matmul(self, left: Tensor, right: Tensor, bias: Tensor | None, site: str, role: str) -> Tensor: ...
 
     def observe(
-        self, left: Tensor, right: Tensor, fprop: Sequence[Tensor], other: Sequence[Tensor], site: str, role: str
+        self,
+        left: Tensor,
+        right: Tensor,
+        fprop: Sequence[Tensor],
+        other: Sequence[Tensor],
+        samples: int,
+        site: str,
+        role: str,
     ) -> Tensor: ...
 
 
@@ -48,9 +57,16 @@ def _matmul(left: Tensor, right: Tensor, bias: Tensor | None, session: int, site
 
 
 def _observe(
-    left: Tensor, right: Tensor, fprop: Sequence[Tensor], other: Sequence[Tensor], session: int, site: str, role: str
+    left: Tensor,
+    right: Tensor,
+    fprop: Sequence[Tensor],
+    other: Sequence[Tensor],
+    samples: int,
+    session: int,
+    site: str,
+    role: str,
 ) -> Tensor:
-    return _sessions[session].observe(left, right, fprop, other, site, role)
+    return _sessions[session].observe(left, right, fprop, other, samples, site, role)
 
 
 def _fake(left: Tensor, right: Tensor, *_: object) -> Tensor:
@@ -60,7 +76,8 @@ def _fake(left: Tensor, right: Tensor, *_: object) -> Tensor:
 for _definition, _implementation in (
     ("matmul(Tensor left, Tensor right, Tensor? bias, int session, str site, str role) -> Tensor", _matmul),
     (
-        "observe(Tensor left, Tensor right, Tensor[] fprop, Tensor[] other, int session, str site, str role) -> Tensor",
+        "observe(Tensor left, Tensor right, Tensor[] fprop, Tensor[] other, SymInt samples, int session, str site, "
+        "str role) -> Tensor",
         _observe,
     ),
 ):
@@ -83,20 +100,36 @@ def observed(model: nn.Module, recipe: Recipe, watcher: Watcher) -> Callable[...
     return _compiled(model, recipe, watcher, lambda session: Observe(OBSERVE, session))
 
 
+ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
+)
+"""What lies behind a graph break is compiled as the model's own code, where Dynamo counts every compiled form towards
+one limit, unless told to keep them apart (since torch 2.12)."""
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that `torch.compile` was given, if it was: its layers have their own names."""
+    while isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    return model
+
+
 def _compiled(
     model: nn.Module, recipe: Recipe, watcher: Watcher, make: Callable[[int], pipeline.Pass]
 ) -> Callable[..., Any]:
+    model = uncompiled(model)
+    held = ref(model)
     session = next(_numbers)
     _sessions[session] = watcher
     rewrite = make(session)
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        names = names_of(gm, inputs, model)
+        names = names_of(gm, inputs, held())
         steps = pipeline.decide(recipe, EMPTY_PLAN, names)
 
         def intercept(module: fx.GraphModule) -> fx.GraphModule:
             graph = pipeline.run(module.graph, steps, "sensitivity")
-            watcher.captured(graph, names)
+            _sessions[session].captured(graph, names)
             rewrite(graph)
             module.recompile()
             return module
@@ -105,10 +138,23 @@ def _compiled(
             return min_cut_rematerialization_partition(intercept(joint), arguments, **kwargs)
 
         return aot_autograd(
-            fw_compiler=lambda module, arguments: make_boxed_func(module.forward),
-            inference_compiler=lambda module, arguments: make_boxed_func(intercept(module).forward),
+            fw_compiler=boxed_nop,
+            inference_compiler=lambda module, arguments: boxed_nop(intercept(module), arguments),
             partition_fn=partition,
             decompositions=select_decomp_table(),
         )(gm, inputs)
 
-    return torch.compile(model, backend=backend)
+    compiled = torch.compile(model, backend=backend)
+    assert isinstance(compiled, OptimizedModule)
+    compiled.forward = torch.compile(_entry(model, session), backend=backend, **ISOLATED)
+    return compiled
+
+
+def _entry(model: nn.Module, session: int) -> Callable[..., Any]:
+    """A call of the model with a code object of its own: what Dynamo compiles is kept with that, and goes with it."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_name=f"watched_{session}")
+    return call

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
+import pickle
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from nvfp4c import recipe as recipes
 from nvfp4c.errors import DataError
 from nvfp4c.recipe import Recipe
 from nvfp4c.sensitivity import measurements
-from nvfp4c.sensitivity.intercepted import observed
+from nvfp4c.sensitivity.intercepted import observed, uncompiled
 from nvfp4c.sensitivity.measurements import Measurements, merged
 from nvfp4c.sensitivity.probe import Probe
+from nvfp4c.sensitivity.state import as_it_was, draw_from
 
 Watch = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and of how much."""
@@ -49,19 +51,22 @@ def measure(
     folder: Path | None = None,
     watch: Watch | None = None,
 ) -> Measurements:
-    """Measure what FP4 costs at every site and role. The model, its gradients and torch's generator stay as they are.
+    """Measure what FP4 costs at every site and role. The model, its buffers and gradients, and torch's generators, are
+    afterwards what they were.
 
-    folder: where the parts of batches are kept, and found again. Raises DataError for batches that cannot be used, a
+    seed: of stochastic rounding and of whatever the model draws itself, anew for each batch. folder: where the parts of
+    batches are kept, and found again. Raises DataError for batches that cannot be used, a
     loss that is not finite or needs no gradient, and a model without a matmul that can run in FP4.
     """
     check_batches(batches)
+    model = uncompiled(model)
     watch = watch or (lambda what, done, of: None)
     chosen = everywhere(recipe)
     provenance = provenance_of(model, batches, chosen, seed)
     probe = Probe(seed)
     watched = observed(model, chosen, probe)
     parts = []
-    with as_it_was(model):
+    with as_it_was(model, batches):
         for number, batch in enumerate(batches):
             watch("measuring", number, len(batches))
             path = None if folder is None else folder / f"part-{number:04d}.json"
@@ -94,6 +99,7 @@ def _measured(
 ) -> Measurements:
     model.zero_grad(set_to_none=True)
     probe.begin(number)
+    draw_from(probe.seed + number, model)
     value = loss(watched, batch)
     check_loss(value, number)
     if not value.requires_grad:
@@ -133,10 +139,12 @@ def check_loss(value: Tensor, number: int) -> None:
 def provenance_of(model: nn.Module, batches: Sequence[Any], recipe: Recipe, seed: int) -> dict[str, Any]:
     """What is needed to measure the same again."""
     parameters = list(model.named_parameters())
+    held = [*parameters, *model.named_buffers()]
     return {
         "model": type(model).__name__,
         "parameters": sum(parameter.numel() for _, parameter in parameters),
-        "weights_hash": digest([parameter for _, parameter in parameters]),
+        "weights_hash": digest([tensor for _, tensor in held]),
+        "modes_hash": digest([module.training for module in model.modules()]),
         "data_hash": digest(pytree.tree_leaves(list(batches))),
         "batches": len(batches),
         "recipe": json.loads(json.dumps(recipe.to_dict())),
@@ -151,34 +159,34 @@ def provenance_of(model: nn.Module, batches: Sequence[Any], recipe: Recipe, seed
 
 
 def digest(values: Sequence[Any]) -> str:
-    """A hash of tensors by type, shape and contents, and of anything else by its text."""
+    """A hash of tensors by type, shape and contents, and of anything else as it is pickled, for its text may leave out
+    most of it; by its text where it cannot be pickled."""
     found = hashlib.sha256()
     for value in values:
-        if isinstance(value, Tensor):
-            flat = value.detach().cpu().contiguous()
-            found.update(f"{flat.dtype}{tuple(flat.shape)}".encode())
-            found.update(flat.reshape(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            found.update(repr(value).encode())
+        content = io.BytesIO()
+        try:
+            _Contents(content).dump(value)
+        except (pickle.PicklingError, AttributeError, TypeError):
+            content = io.BytesIO(repr(value).encode())
+        found.update(content.getbuffer())
     return found.hexdigest()[:16]
 
 
+class _Contents(pickle.Pickler):
+    """Has tensors by what they hold: pickled, they differ by how they lie in memory."""
+
+    def persistent_id(self, value: Any) -> tuple[str, str] | None:
+        if not isinstance(value, Tensor):
+            return None
+        flat = value.detach().cpu().contiguous()
+        contents = hashlib.sha256(flat.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+        return f"{flat.dtype}{tuple(flat.shape)}", contents
+
+
 def _kept(path: Path, provenance: dict[str, Any]) -> Measurements | None:
-    """A part that an earlier run left, if it is of the very same measurement."""
-    if not path.exists():
+    """A part that an earlier run left, if it can be read and is of the very same measurement."""
+    try:
+        part = measurements.load(path)
+    except DataError:
         return None
-    part = measurements.load(path)
     return part if part.provenance == provenance else None
-
-
-@contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Gradients of parameters, and torch's generators, are afterwards what they were before."""
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    devices = {parameter.device for parameter, _ in gradients if parameter.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)):
-        try:
-            yield
-        finally:
-            for parameter, gradient in gradients:
-                parameter.grad = gradient

@@ -10,26 +10,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor, fx
 
 from nvfp4c import numerics
-from nvfp4c.dialect import Assignment, Matmul, Operand, Quantization, Role, numbers
+from nvfp4c.dialect import Assignment, Matmul, Operand, Quantization, Role
+from nvfp4c.errors import DataError
 from nvfp4c.formats import BLOCK, E2M1_MAX, GLOBAL_MAX
-from nvfp4c.passes.intercept import SiteNodes, operands, site_nodes
+from nvfp4c.passes.intercept import site_nodes
 from nvfp4c.passes.matmul_graph import block_of
+from nvfp4c.sensitivity.compared import Compared, dot
 from nvfp4c.sensitivity.measurements import OCTAVES, SCALE_BINS, OperandMeasure, RoleMeasure, SiteMeasure
-from nvfp4c.sensitivity.quantized import Quantized, product, quantized
+from nvfp4c.sensitivity.quantized import STREAM_BITS, Quantized, quantized
 from nvfp4c.sites import ModelNames
 
 SAMPLE = 1 << 14
 """Elements of an operand that its own statistics are taken from, in strips of 16 rows spread over all: the result's
 error is summed over everything."""
-
-
-STREAM_BITS = 24
-"""Streams that a batch may use up: one for each operand that is quantised."""
 
 NO_GRADIENT = "no gradient reaches it, so what it does to the loss cannot be measured"
 RECENT = 4
@@ -38,16 +37,14 @@ RECENT = 4
 
 @dataclass(frozen=True)
 class Site:
-    """What the graph says of a site: its place in the model, and how each role's operands are arranged.
-
-    group: rows of the input that belong to one sample; 1 where the graph does not say.
-    """
+    """What the graph says of a site: its place in the model, and how each role's operands are arranged. parts: the
+    weight is several matrices, each the operand of a matmul of its own."""
 
     name: str
     weight: str
     weight_elements: int
     reads: int
-    group: int
+    parts: bool
     roles: dict[str, tuple[Matmul, Assignment]]
 
 
@@ -70,30 +67,43 @@ class Probe:
             described = names.input_of(found.weight, placeholders.get(found.weight, -1))
             reads = self._inputs.setdefault((id(graph), found.input), len(self._inputs))
             roles = {role.value: (found.matmul(role), found.assignment(role)) for role in found.roles}
-            elements = found.weight.meta["val"].numel()
+            value = found.weight.meta["val"]
             weight = described.names[0] if described.names else found.site
-            self.sites[found.site] = Site(found.site, weight, int(elements), reads, _group(found), roles)
+            self.sites[found.site] = Site(found.site, weight, int(value.numel()), reads, value.dim() > 2, roles)
 
     def matmul(self, left: Tensor, right: Tensor, bias: Tensor | None, site: str, role: str) -> Tensor:
         raise AssertionError("a probe watches; it decides nothing")
 
     def observe(
-        self, left: Tensor, right: Tensor, fprop: Sequence[Tensor], other: Sequence[Tensor], site: str, role: str
+        self,
+        left: Tensor,
+        right: Tensor,
+        fprop: Sequence[Tensor],
+        other: Sequence[Tensor],
+        samples: int,
+        site: str,
+        role: str,
     ) -> Tensor:
-        result = torch.matmul(left, right)
         with torch.no_grad():
-            known = self.sites[site].roles
-            gradient = _gradient(left, right, known[role][0])
-            self._compare(site, role, (left, right), result, None)
             if fprop:
-                self._compare(site, "fprop", (fprop[0], fprop[1]), None, gradient)
+                gradient = _gradient(left, right, self.sites[site].roles[role][0])
+                self._compare(site, "fprop", (fprop[0], fprop[1]), gradient, samples)
             if other:
-                self._compare(site, "dgrad" if role == "wgrad" else "wgrad", (other[0], other[1]), None, None)
+                self._compare(site, "dgrad" if role == "wgrad" else "wgrad", (other[0], other[1]))
+            result = torch.matmul(left, right)
+            self._compare(site, role, (left, right), exact=result)
         return result
 
     def _compare(
-        self, site: str, role: str, pair: tuple[Tensor, Tensor], exact: Tensor | None, gradient: Tensor | None
+        self,
+        site: str,
+        role: str,
+        pair: tuple[Tensor, Tensor],
+        gradient: Tensor | None = None,
+        samples: int = 0,
+        exact: Tensor | None = None,
     ) -> None:
+        """gradient, samples: of fprop. exact: the result, where it is known."""
         matmul, assignment = self.sites[site].roles[role]
         if assignment.precision == "bf16":
             return
@@ -107,11 +117,10 @@ class Probe:
             operand = self._quantized(x, how)
             sums.add_operand(place, operand, how.block)
             quantities.append(operand)
-        exact = torch.matmul(*pair) if exact is None else exact
-        found = product(*quantities)
-        if matmul.operands[0] is Operand.WEIGHT:  # then a result has a column for each row of x
-            exact, found = exact.mT, found.mT
-        sums.add_result(exact, found, gradient, self.sites[site].group, pair[0].shape[-1])
+        if matmul.operands[0] is Operand.WEIGHT:  # the result has a column for each row of x: compare its transpose
+            rows, quantities = rows[::-1], quantities[::-1]
+            exact = None if exact is None else exact.mT
+        sums.add_result(Compared(rows, quantities, exact, gradient, samples, self.sites[site].parts))
 
     def _quantized(self, x: Tensor, how: Quantization) -> Quantized:
         """Neighbouring sites often read the same tensor: the last ones are kept for them."""
@@ -128,8 +137,17 @@ class Probe:
         self._stream = batch << STREAM_BITS
 
     def take(self) -> tuple[SiteMeasure, ...]:
-        """Every site that was captured, in forward order, and what was measured since the last time."""
+        """Every site that was captured, in forward order, and what was measured since the last time.
+
+        Raises DataError where a gradient or another operand was not finite.
+        """
         sums, self._sums, self._recent = self._sums, {}, []
+        for (site, role), found in sums.items():
+            if not found.finite:
+                raise DataError(
+                    f"{site}, {role}: an operand or the result is infinite or NaN in high precision; look at that "
+                    "batch, and with FP16 let the loss be scaled so that no gradient overflows"
+                )
         return tuple(
             SiteMeasure(
                 site=site.name,
@@ -149,18 +167,6 @@ class Probe:
         )
 
 
-def _group(found: SiteNodes) -> int:
-    """Samples lie along the first of three or more dimensions of what the site reads."""
-    shape = numbers(found.input.meta["val"].shape)
-    role = next(role for role in found.roles if Operand.INPUT in found.matmul(role).operands)
-    place = found.matmul(role).operands.index(Operand.INPUT)
-    operand = numbers(operands(found.roles[role])[place].meta["val"].shape)
-    # The contraction of fprop is along features, that of wgrad along rows.
-    features = operand[-1] if (place == 0) == (role is Role.FPROP) else operand[-2]
-    rows = math.prod(operand) // features
-    return rows // shape[0] if len(shape) > 2 and rows % shape[0] == 0 else 1
-
-
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
 
@@ -178,23 +184,20 @@ class _Sums:
     def __init__(self, kinds: tuple[Operand, Operand]) -> None:
         self._kinds = kinds
         self._shape = (0, 0, 0)
+        self._operations = 0.0
         self._result = [0.0] * 7
         self._operands: dict[int, list[float]] = {}
 
-    def add_result(self, exact: Tensor, found: Tensor, gradient: Tensor | None, group: int, k: int) -> None:
-        """exact, found: [.., M, N], sums of k products. gradient: of fprop. group: rows that belong to one sample."""
-        y = exact.float()
-        error = found - y
-        terms = [_dot(y, y), _dot(error, error), _dot(error, y)]
-        if gradient is not None:
-            change = error * gradient.reshape(error.shape).float()
-            by_row = change.sum(-1).flatten()
-            by_sample = by_row.unflatten(0, (-1, group)).sum(1) if by_row.numel() % group == 0 else by_row
-            terms += [by_row.sum(), _dot(change, change)]
-            terms += [_dot(sums, sums) * (sums.numel() / 2) for sums in (by_row, by_sample)]
-        for place, value in enumerate(torch.stack(terms).tolist()):
+    @property
+    def finite(self) -> bool:
+        """Whether no operand and no result had an infinite number or a NaN in it."""
+        return all(map(math.isfinite, (*self._result, *chain.from_iterable(self._operands.values()))))
+
+    def add_result(self, compared: Compared) -> None:
+        for place, value in enumerate(compared.sums().tolist()):
             self._result[place] += value
-        self._shape = (exact.shape[:-1].numel(), exact.shape[-1], k)
+        self._shape = compared.shape
+        self._operations += 2.0 * math.prod(compared.shape)
 
     def add_operand(self, place: int, operand: Quantized, block: tuple[int, int]) -> None:
         found = _statistics(operand, block).tolist()
@@ -211,7 +214,7 @@ class _Sums:
             m=m,
             n=n,
             k=k,
-            operations=2.0 * m * n * k,
+            operations=self._operations,
             signal=signal,
             noise=noise,
             aligned=aligned,
@@ -229,20 +232,21 @@ def _statistics(operand: Quantized, block: tuple[int, int]) -> Tensor:
     _, packed_scales = numerics.block_codes(x, operand.amax, block, None)
     x, scales = x.float(), packed_scales.float()
     factor = operand.amax / GLOBAL_MAX
-    squares, magnitudes = x * x, x.abs()
+    magnitudes = x.abs()
+    squares = x.double().square()  # the fourth power of a small gradient is below what FP32 holds
     limits = (E2M1_MAX * factor * scales).repeat_interleave(BLOCK, -1)[:, : x.shape[-1]]
     error = values * factor - x
     nonzero = x.count_nonzero()
     head = (
         torch.tensor(x.numel(), device=x.device),
         squares.sum(),
-        _dot(error, error),
-        _dot(squares, squares),
+        dot(error, error),
+        dot(squares, squares),
         nonzero - values.count_nonzero(),
         (magnitudes > limits).sum(),
         x.numel() - nonzero,
     )
-    exponents = (packed_scales.view(torch.uint8) >> 3).long()
+    exponents = packed_scales.view(torch.uint8) >> 3
     return torch.cat(
         [
             torch.stack([value.double() for value in head]),
@@ -267,8 +271,9 @@ def _strips(x: Tensor) -> Tensor:
 def _octaves(magnitudes: Tensor, amax: Tensor) -> Tensor:
     """How many magnitudes lie in each octave below amax; float64 [OCTAVES]."""
     nonzero = magnitudes[magnitudes > 0]
-    octave = torch.log2(amax / nonzero).floor().clamp(0, OCTAVES - 1).long()
-    return torch.bincount(octave, minlength=OCTAVES).double()
+    # The exponent of an FP32 number is floor(log2) of it; that of an infinite one is the largest, as that of a NaN.
+    octave = ((amax / nonzero).view(torch.int32) >> 23) - 127
+    return torch.bincount(octave.clamp_(0, OCTAVES - 1), minlength=OCTAVES).double()
 
 
 def _operand_measure(kind: str, sums: list[float]) -> OperandMeasure:
@@ -287,7 +292,3 @@ def _operand_measure(kind: str, sums: list[float]) -> OperandMeasure:
         after=tuple(counts[OCTAVES : 2 * OCTAVES]),
         scales=tuple(counts[2 * OCTAVES :]),
     )
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.reshape(-1), b.reshape(-1))

@@ -12,6 +12,9 @@ from nvfp4c.codegen import cpu
 from nvfp4c.dialect import Quantization
 from nvfp4c.region import Form, Output, Region, reduction
 
+STREAM_BITS = 24
+"""Streams that a batch may use up: one for each operand that is quantised."""
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -21,6 +24,11 @@ class Quantized:
     source: Tensor
     values: Tensor
     amax: Tensor
+
+    def narrow(self, axis: int, start: int, length: int) -> Quantized:
+        """A part of the operand, quantised as part of the whole."""
+        source, values = (each.narrow(axis, start, length) for each in (self.source, self.values))
+        return Quantized(source, values, self.amax)
 
 
 def quantized(x: Tensor, how: Quantization, seed: Tensor, stream: int) -> Quantized:

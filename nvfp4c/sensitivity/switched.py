@@ -14,7 +14,8 @@ from nvfp4c.passes.intercept import site_nodes
 from nvfp4c.recipe import Recipe
 from nvfp4c.sensitivity.analysis import Key
 from nvfp4c.sensitivity.intercepted import switched
-from nvfp4c.sensitivity.quantized import Quantized, product, quantized
+from nvfp4c.sensitivity.quantized import STREAM_BITS, Quantized, product, quantized
+from nvfp4c.sensitivity.state import as_it_was, draw_from
 from nvfp4c.sites import ModelNames
 
 
@@ -26,6 +27,10 @@ class Switches:
     seed: int = 0
     known: dict[Key, Assignment] = field(default_factory=dict)
     _stream: int = 0
+
+    def begin(self, batch: int) -> None:
+        """Random numbers of a batch are its own, whatever ran before it."""
+        self._stream = batch << STREAM_BITS
 
     def captured(self, graph: fx.Graph, names: ModelNames) -> None:
         for found in site_nodes(graph).values():
@@ -55,10 +60,11 @@ def _plain(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class SwitchedModel:
-    """A model under a recipe, to be run with any choice of what is in FP4."""
+    """A model under a recipe, to be run with any choice of what is in FP4. Every run of a batch draws the same random
+    numbers, so that runs differ only by that choice; the model is afterwards as it was."""
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._plain = model
         self._switches = Switches()
         self._model = switched(model, recipe, self._switches)
 
@@ -66,11 +72,19 @@ class SwitchedModel:
     def losses(self, fp4: Iterable[Key], batches: Sequence[Any], loss: Callable[..., Tensor]) -> tuple[float, ...]:
         """The loss of each batch with these sites and roles in FP4, all others as they are."""
         self._switches.fp4 = frozenset(fp4)
-        return tuple(float(loss(self._model, batch)) for batch in batches)
+        with as_it_was(self._plain):
+            return tuple(float(self._loss(number, batch, loss)) for number, batch in enumerate(batches))
 
     def gradient(self, fp4: Iterable[Key], batch: Any, loss: Callable[..., Tensor]) -> Tensor:
         """The gradient of a batch's loss, of all parameters one after the other: float32 [parameters]. Those of the
         model itself stay as they are."""
         self._switches.fp4 = frozenset(fp4)
-        found = torch.autograd.grad(loss(self._model, batch), self._parameters, allow_unused=True)
+        parameters = [parameter for parameter in self._plain.parameters() if parameter.requires_grad]
+        with as_it_was(self._plain):
+            found = torch.autograd.grad(self._loss(0, batch, loss), parameters, allow_unused=True)
         return torch.cat([gradient.float().flatten() for gradient in found if gradient is not None])
+
+    def _loss(self, number: int, batch: Any, loss: Callable[..., Tensor]) -> Tensor:
+        self._switches.begin(number)
+        draw_from(self._switches.seed + number, self._plain)
+        return loss(self._model, batch)

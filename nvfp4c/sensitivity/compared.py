@@ -1,0 +1,77 @@
+"""A matmul in FP4 beside the same in high precision: sums of its error, and of what that does to the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nvfp4c.sensitivity.quantized import Quantized, product
+
+PART = 1 << 22
+"""Elements of a result that are compared at a time: what a comparison needs beside the operands stays small."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A matmul in high precision and in FP4, as rows @ columns^T. rows: [.., M, K] and [.., N, K]; quantities: the same
+    as FP4 has them. exact: [.., M, N], where it is known. gradient: [M, N] where a result has a gradient, with any
+    number of axes. samples: that the M rows belong to, 0 if unknown. parts: leading axes are parts of a weight, all of
+    which read rows of the same samples; else they are rows too."""
+
+    rows: Sequence[Tensor]
+    quantities: Sequence[Quantized | Tensor]
+    exact: Tensor | None
+    gradient: Tensor | None
+    samples: int
+    parts: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Rows, columns and the length of the contraction of all the products together."""
+        left, right = self.rows
+        return left.shape[:-1].numel(), right.shape[-2], left.shape[-1]
+
+    def sums(self) -> Tensor:
+        """signal, noise, aligned, and with a gradient the terms of the loss: see `RoleMeasure`."""
+        left, right = self.rows
+        *batch, m, n = (*left.shape[:-1], right.shape[-2])
+        gradient = None if self.gradient is None else self.gradient.reshape(*batch, m, n)
+        step = max(1, PART // max(1, n * math.prod(batch)))
+        totals, by_row = [], []
+        for start in range(0, m, step):
+            size = min(step, m - start)
+            found = product(self.quantities[0].narrow(-2, start, size), self.quantities[1])
+            exact = (
+                left.narrow(-2, start, size) @ right.mT if self.exact is None else self.exact.narrow(-2, start, size)
+            )
+            y = exact.float()
+            error = found.sub_(y)
+            terms = [dot(y, y), dot(error, error), dot(error, y)]
+            if gradient is not None:
+                change = error.mul_(gradient.narrow(-2, start, size))
+                terms.append(dot(change, change))
+                by_row.append(change.sum(-1))
+            totals.append(torch.stack(terms))
+        total = torch.stack(totals).sum(0)
+        if gradient is None:
+            return total
+        changes = torch.cat(by_row, -1)
+        of_samples = self._of_samples(changes)
+        squares = [dot(each, each) * (each.numel() / 2) for each in (changes, of_samples)]
+        return torch.cat([total[:3], torch.stack([changes.sum(), total[3], *squares])])
+
+    def _of_samples(self, by_row: Tensor) -> Tensor:
+        """Changes by row [.., M], added up over the rows of each sample."""
+        if not self.samples:
+            return by_row
+        apart = by_row if self.parts else by_row.flatten()
+        return apart.unflatten(-1, (self.samples, -1)).movedim(-2, 0).flatten(1).sum(1)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of the products of two tensors' elements."""
+    return torch.dot(a.reshape(-1), b.reshape(-1))
