@@ -83,8 +83,10 @@ def _quantize(
 def _operand(
     x: Tensor, amax: Tensor, block: Sequence[int], rounding: str, seed: Tensor | None, stream: Tensor
 ) -> Tensor:
-    codes, scales = dialect.quantize_values(x, amax, block, rounding, None, seed, stream)
-    return oriented_like(x, numerics.block_values(codes, scales).narrow(-1, 0, x.shape[-1]))
+    bits = dialect.random_bits(x, rounding, seed, stream)
+    # Without codes between: bytes would keep Inductor from vectorising most of the kernel.
+    values = numerics.block_rounded(x, amax, (block[0], block[1]), bits)
+    return oriented_like(x, values.narrow(-1, 0, x.shape[-1]))
 
 
 def _dequantize(codes: Tensor, scales: Tensor, k: int) -> Tensor:

@@ -120,11 +120,15 @@ def quantize_values(
     """Codes not yet packed, uint8 [.., M, ceil16(K)], and scales. seed, stream: of stochastic rounding."""
     if signs is not None:
         x = numerics.rotate(x, signs)
-    bits = None
-    if rounding == "stochastic":
-        assert seed is not None, "stochastic rounding needs a seed"
-        bits = philox.random_bytes_like(x, seed, stream)
-    return numerics.block_codes(x, amax, (block[0], block[1]), bits)
+    return numerics.block_codes(x, amax, (block[0], block[1]), random_bits(x, rounding, seed, stream))
+
+
+def random_bits(x: Tensor, rounding: str, seed: Tensor | None, stream: int | Tensor) -> Tensor | None:
+    """What an operand [.., M, K] is rounded with, uint8 [.., M, ceil16(K)]; None for rounding to nearest."""
+    if rounding != "stochastic":
+        return None
+    assert seed is not None, "stochastic rounding needs a seed"
+    return philox.random_bytes_like(x, seed, stream)
 
 
 def quantize(

@@ -93,20 +93,31 @@ def encode_e2m1(y: Tensor, random_bits: Tensor | None = None) -> Tensor:
     gap at most, and by 0 on average. Below 1 it is first rounded to a multiple of 2^-23, as `(a + 1) - 1` is.
     -0.0 gives code 0, a small negative that rounds to zero gives code 8, NaN gives code 7 (its block scale is NaN).
     """
+    steps, magnitude = _e2m1_steps(y, random_bits)
+    # Codes are linear in the magnitude within [0, 2), [2, 4) and [4, 6].
+    offset = torch.where(magnitude < 2, 0.0, torch.where(magnitude < 4, 2.0, 4.0))
+    sign = torch.where(y < 0, 8.0, 0.0)
+    return (steps + offset + sign).to(torch.uint8)
+
+
+def round_e2m1(y: Tensor, random_bits: Tensor | None = None) -> Tensor:
+    """decode_e2m1(encode_e2m1(y, random_bits)), with no code between: float32, for whoever packs nothing."""
+    steps, magnitude = _e2m1_steps(y, random_bits)
+    rounded = steps * torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    return torch.where(y < 0, -rounded, rounded)
+
+
+def _e2m1_steps(y: Tensor, random_bits: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Magnitudes in steps between codes, rounded as `encode_e2m1` says, and the magnitudes themselves."""
     magnitude = torch.where(y.isnan(), E2M1_MAX, y.abs())
     if random_bits is not None:
         magnitude = torch.where(magnitude < 1, (magnitude + 1.0) - 1.0, magnitude)
-    # Codes are linear in the magnitude within [0, 2), [2, 4) and [4, 6].
     slope = torch.where(magnitude < 2, 2.0, torch.where(magnitude < 4, 1.0, 0.5))
-    offset = torch.where(magnitude < 2, 0.0, torch.where(magnitude < 4, 2.0, 4.0))
     position = magnitude * slope
     if random_bits is None:
-        code = position.round()
-    else:
-        below = position.floor()
-        code = below + ((position - below) * 256.0 > random_bits.float() + 0.5).float()
-    sign = torch.where(y < 0, 8.0, 0.0)
-    return (code + offset + sign).to(torch.uint8)
+        return position.round(), magnitude
+    below = position.floor()
+    return below + ((position - below) * 256.0 > random_bits.float() + 0.5).float(), magnitude
 
 
 def decode_e2m1(codes: Tensor) -> Tensor:
@@ -130,15 +141,30 @@ def block_codes(
     x: Tensor, amax: Tensor, block: tuple[int, int], random_bits: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Unpacked codes uint8 [..., M, ceil16(K)] and scales float8_e4m3fn [..., M, ceil16(K) / 16] of x [..., M, K]."""
-    values = pad_last(x).float()
-    encode = encode_scale(amax)
-    scales = torch.clamp(block_amax(values, block) * (encode * (1 / E2M1_MAX)), max=E4M3_MAX)
-    # A positive NaN constant: the sign of a computed NaN differs between processors, and the contract is 0x7F.
-    scales = torch.where(scales.isnan(), torch.nan, scales).to(torch.float8_e4m3fn)
-    multiplier = torch.clamp(torch.reciprocal(scales.float() * torch.reciprocal(encode)), max=FP32_MAX)
-    blocks = values.unflatten(-1, (block_count(x.shape[-1]), BLOCK))
-    scaled = torch.clamp(blocks * multiplier.unsqueeze(-1), -E2M1_MAX, E2M1_MAX).flatten(-2)
+    scaled, scales = _block_scaled(x, amax, block)
     return encode_e2m1(scaled, random_bits), scales
+
+
+def block_rounded(x: Tensor, amax: Tensor, block: tuple[int, int], random_bits: Tensor | None = None) -> Tensor:
+    """`block_values` of `block_codes`, with no codes between: float32 [..., M, ceil16(K)]."""
+    scaled, scales = _block_scaled(x, amax, block)
+    blocks = round_e2m1(scaled, random_bits).unflatten(-1, (scales.shape[-1], BLOCK))
+    return (blocks * scales.float().unsqueeze(-1)).flatten(-2)
+
+
+def block_scales(x: Tensor, amax: Tensor, block: tuple[int, int]) -> Tensor:
+    """The scales of `block_codes`."""
+    scales = torch.clamp(block_amax(pad_last(x).float(), block) * (encode_scale(amax) * (1 / E2M1_MAX)), max=E4M3_MAX)
+    # A positive NaN constant: the sign of a computed NaN differs between processors, and the contract is 0x7F.
+    return torch.where(scales.isnan(), torch.nan, scales).to(torch.float8_e4m3fn)
+
+
+def _block_scaled(x: Tensor, amax: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """x over its scales, clipped to what E2M1 holds, and the scales."""
+    scales = block_scales(x, amax, block)
+    multiplier = torch.clamp(torch.reciprocal(scales.float() * torch.reciprocal(encode_scale(amax))), max=FP32_MAX)
+    blocks = pad_last(x).float().unflatten(-1, (block_count(x.shape[-1]), BLOCK))
+    return torch.clamp(blocks * multiplier.unsqueeze(-1), -E2M1_MAX, E2M1_MAX).flatten(-2), scales
 
 
 def tile_transpose(codes: Tensor, scales: Tensor, k: int | torch.SymInt) -> tuple[Tensor, Tensor]:

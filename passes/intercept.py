@@ -7,7 +7,7 @@ becomes
 `Observe` leaves all of them but one a site, the last in backward, whose call gets the operands of the others too:
     %dx = aten.mm(%dy, %w)
 becomes
-    %dx = operation(%dy, %w, [%x, %w_t], [%dy_t, %x], samples, session, "fc1", "dgrad")
+    %dx = operation(%dy, %w, [%x, %w_t], [%dy_t, %x, %dw], samples, session, "fc1", "dgrad")
 Both calls return what the matmul returns. So everything about a site is at hand at one moment, and nothing is kept for
 it that backward does not keep anyway.
 """
@@ -128,8 +128,9 @@ class Switch:
 
 @dataclass(frozen=True)
 class Observe:
-    """operation: (left, right, operands of fprop, operands of the other backward matmul, samples, session, site, role)
-    -> what the matmul gives; an empty list where the site has no such matmul in this graph. samples: see `samples`."""
+    """operation: (left, right, operands of fprop, operands and result of the other backward matmul, samples, session,
+    site, role) -> what the matmul gives; an empty list where the site has no such matmul in this graph. samples: see
+    `samples`."""
 
     operation: Target
     session: int
@@ -138,10 +139,12 @@ class Observe:
         for found in site_nodes(graph).values():
             if found.host is None:
                 continue
-            others = (Role.FPROP, Role.DGRAD if found.host is Role.WGRAD else Role.WGRAD)
-            pairs = [list(operands(found.roles[role])) if role in found.roles else [] for role in others]
             node = found.roles[found.host]
-            args = (*operands(node), *pairs, samples(graph, found), self.session, found.site, found.host.value)
+            forward = found.roles.get(Role.FPROP)
+            other = found.roles.get(Role.DGRAD if found.host is Role.WGRAD else Role.WGRAD)
+            fprop = [] if forward is None else list(operands(forward))
+            backward = [] if other is None else [*operands(other), other]
+            args = (*operands(node), fprop, backward, samples(graph, found), self.session, found.site, found.host.value)
             _replace(graph, node, self.operation, args)
         return graph
 

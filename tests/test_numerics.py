@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from nvfp4c import numerics
 from nvfp4c.errors import NumericsError
-from nvfp4c.formats import DEFAULT_SIGNS, signs_from_seed, sylvester_hadamard
+from nvfp4c.formats import DEFAULT_SIGNS, ROW_BLOCK, TILE_BLOCK, signs_from_seed, sylvester_hadamard
 from nvfp4c.numerics import quantize
 
 VECTORS = load_file(Path(__file__).parent / "data" / "nvfp4.safetensors")
@@ -116,6 +116,20 @@ def test_encode_is_nearest_with_ties_to_even() -> None:
 def test_the_contract_ties() -> None:
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
     assert numerics.decode_e2m1(numerics.encode_e2m1(ties)).tolist() == [0, 1, 1, 2, 2, 4, 4]
+
+
+def test_rounding_without_codes_is_the_same() -> None:
+    """To the bit, zeros' signs and NaNs included, for both ways to round."""
+    grid = torch.cat([torch.linspace(-6, 6, 12 * 512 + 1), torch.tensor([-0.0, torch.nan, 1e-30, -1e-30])])
+    for bits in (None, torch.tensor([0, 77, 255], dtype=torch.uint8)):
+        y = grid if bits is None else grid[:, None].expand(-1, 3)
+        expected = numerics.decode_e2m1(numerics.encode_e2m1(y, bits))
+        assert torch.equal(numerics.round_e2m1(y, bits).view(torch.int32), expected.view(torch.int32))
+    x = torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
+    for block in (ROW_BLOCK, TILE_BLOCK):
+        codes, scales = numerics.block_codes(x, numerics.tensor_amax(x), block)
+        rounded = numerics.block_rounded(x, numerics.tensor_amax(x), block)
+        assert torch.equal(rounded, numerics.block_values(codes, scales))
 
 
 def test_signs_of_zero() -> None:

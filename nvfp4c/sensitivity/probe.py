@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from nvfp4c import numerics
 from nvfp4c.dialect import Assignment, Matmul, Operand, Quantization, Role
 from nvfp4c.errors import DataError
-from nvfp4c.formats import BLOCK, E2M1_MAX, GLOBAL_MAX
+from nvfp4c.formats import BLOCK, E2M1_MAX, GLOBAL_MAX, TILE_BLOCK
 from nvfp4c.passes.intercept import site_nodes
 from nvfp4c.passes.matmul_graph import block_of
 from nvfp4c.sensitivity.compared import Compared, dot
@@ -31,6 +31,7 @@ SAMPLE = 1 << 14
 error is summed over everything."""
 
 NO_GRADIENT = "no gradient reaches it, so what it does to the loss cannot be measured"
+TILES = Quantization(TILE_BLOCK, "nearest", None)
 RECENT = 4
 """Quantised operands that are kept for the next sites."""
 
@@ -89,7 +90,7 @@ class Probe:
                 gradient = _gradient(left, right, self.sites[site].roles[role][0])
                 self._compare(site, "fprop", (fprop[0], fprop[1]), gradient, samples)
             if other:
-                self._compare(site, "dgrad" if role == "wgrad" else "wgrad", (other[0], other[1]))
+                self._compare(site, "dgrad" if role == "wgrad" else "wgrad", (other[0], other[1]), exact=other[2])
             result = torch.matmul(left, right)
             self._compare(site, role, (left, right), exact=result)
         return result
@@ -123,10 +124,13 @@ class Probe:
         sums.add_result(Compared(rows, quantities, exact, gradient, samples, self.sites[site].parts))
 
     def _quantized(self, x: Tensor, how: Quantization) -> Quantized:
-        """Neighbouring sites often read the same tensor: the last ones are kept for them."""
+        """Neighbouring sites often read the same tensor: the last ones are kept for them. A tile has the same elements
+        in a weight and in its transpose."""
         for known, quantization, operand in self._recent:
             if quantization == how and _same_memory(known, x):
                 return operand
+            if quantization == how == TILES and _same_memory(known, x.mT):
+                return operand.mT
         self._stream += 1
         operand = quantized(x, how, torch.tensor(self.seed, device=x.device), self._stream)
         self._recent = [(x, how, operand), *self._recent][:RECENT]
@@ -229,7 +233,7 @@ def _statistics(operand: Quantized, block: tuple[int, int]) -> Tensor:
     """Of a sample, float64: elements, signal, noise, fourth, vanished, saturated, zeros, then the histograms before,
     after and of scales: see `OperandMeasure`."""
     x, values = _strips(operand.source), _strips(operand.values).float()
-    _, packed_scales = numerics.block_codes(x, operand.amax, block, None)
+    packed_scales = numerics.block_scales(x, operand.amax, block)
     x, scales = x.float(), packed_scales.float()
     factor = operand.amax / GLOBAL_MAX
     magnitudes = x.abs()

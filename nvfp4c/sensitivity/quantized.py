@@ -25,6 +25,11 @@ class Quantized:
     values: Tensor
     amax: Tensor
 
+    @property
+    def mT(self) -> Quantized:
+        """The transpose; that it is quantised alike is for the caller to know."""
+        return Quantized(self.source.mT, self.values.mT, self.amax)
+
     def narrow(self, axis: int, start: int, length: int) -> Quantized:
         """A part of the operand, quantised as part of the whole."""
         source, values = (each.narrow(axis, start, length) for each in (self.source, self.values))
