@@ -29,7 +29,7 @@ from nvfp4c.cli.bench import progress
 from nvfp4c.sensitivity.analysis import Candidate, Key
 from nvfp4c.sensitivity.analyze import Loss, Settings, forward_matmuls, rivals
 from nvfp4c.sensitivity.budgets import Budget
-from nvfp4c.sensitivity.measure import Watch, as_it_was, everywhere, measure
+from nvfp4c.sensitivity.measure import Watch, everywhere, measure
 from nvfp4c.sensitivity.measurements import Measurements, load, merged
 from nvfp4c.sensitivity.problem import Problem
 from nvfp4c.sensitivity.report import mean_and_interval
@@ -55,14 +55,13 @@ def main() -> None:
             parts = [load(path) for path in sorted(Path(folder).iterdir())]
         probed = time.perf_counter()
         switched = SwitchedModel(task.model, everywhere(settings.recipe))
-        with as_it_was(task.model):
-            plain = switched.losses((), pool, loss)
-            everything = switched.losses(forward_matmuls(parts[0]), pool, loss)
-            rises = single_rises(switched, parts[0], pool, plain, loss, watch)
-            draws = [
-                draw(seed, parts, rises, plain, everything, pool, switched, settings, loss)
-                for seed in range(arguments.seeds)
-            ]
+        plain = switched.losses((), pool, loss)
+        everything = switched.losses(forward_matmuls(parts[0]), pool, loss)
+        rises = single_rises(switched, parts[0], pool, plain, loss, watch)
+        draws = [
+            draw(seed, parts, rises, plain, everything, pool, switched, settings, loss)
+            for seed in range(arguments.seeds)
+        ]
     results = {
         "loss": fmean(plain),
         "rise_with_everything_in_fp4": mean_and_interval(rise(everything, plain)),
