@@ -3,9 +3,9 @@
 fprop. The loss of a batch changes by g e + 1/2 e^T H e + ..., with the error e of the result and g = dL/dy. The probe
 measures the first term itself, sign and all, with its standard error s over batches; on other batches it comes out
 differently, so it is damped as a Wiener filter damps a signal in noise: first^3 / (first^2 + s^2). For the second term
-there is the empirical Fisher matrix, as in post-training quantisation (ModelOpt's `auto_quantize` adds (g e)^2 over
-elements, which is its diagonal). How far that is from the Hessian depends on model and loss, by orders of magnitude: it
-gets the one weight with which all sites together rise as much as was measured with all of them in FP4.
+there is the empirical Fisher matrix by rows, each with a loss of its own, as tokens have (ModelOpt's `auto_quantize`
+adds (g e)^2 over elements, which is its diagonal). It gets the one weight with which all sites together rise as much as was
+measured with all of them in FP4: 1.0 on a GPT with a loss a token, far from it where a loss is of whole sequences.
 
 dgrad, wgrad. These errors change gradients, not this batch's loss. A role is given what its error adds to the squared
 relative error of the gradients of all parameters that it reaches, weighted by their part of the squared gradient: wgrad
@@ -41,15 +41,17 @@ def scores(measurements: Measurements, everything: float | None = None) -> Score
 
 
 def second_weight(measurements: Measurements, everything: float) -> float:
-    """What second-order terms are multiplied by so that all sites add up to the rise with everything in FP4; 0 to 1."""
+    """What second-order terms are multiplied by so that all sites add up to the rise with everything in FP4; 0 where
+    the first-order terms alone exceed it."""
     roles = [site.roles["fprop"] for site in measurements.sites if "fprop" in site.roles]
-    first, second = (math.fsum(getattr(role, name) or 0.0 for role in roles) for name in ("first", "samples"))
-    return min(1.0, max(0.0, (everything - first) / second)) if second > 0 else 0.0
+    first = math.fsum(damped(role.first or 0.0, role.first_error) for role in roles)
+    second = math.fsum(role.rows or 0.0 for role in roles)
+    return max(0.0, (everything - first) / second) if second > 0 else 0.0
 
 
 def rise(role: RoleMeasure, weight: float) -> float:
     """The predicted rise of the loss by the error of a forward matmul. weight: of the second-order term."""
-    return damped(role.first or 0.0, role.first_error) + weight * (role.samples or 0.0)
+    return damped(role.first or 0.0, role.first_error) + weight * (role.rows or 0.0)
 
 
 def damped(mean: float, error: float | None) -> float:
