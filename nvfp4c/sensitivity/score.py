@@ -3,9 +3,9 @@
 fprop. The loss of a batch changes by g e + 1/2 e^T H e + ..., with the error e of the result and g = dL/dy. The probe
 measures the first term itself, sign and all, with its standard error s over batches; on other batches it comes out
 differently, so it is damped as a Wiener filter damps a signal in noise: first^3 / (first^2 + s^2). For the second term
-there is the empirical Fisher matrix by rows, each with a loss of its own, as tokens have (ModelOpt's `auto_quantize`
-adds (g e)^2 over elements, which is its diagonal). It gets the one weight with which all sites together rise as much as was
-measured with all of them in FP4: 1.0 on a GPT with a loss a token, far from it where a loss is of whole sequences.
+there is the empirical Fisher matrix by rows, each with a loss of its own, as tokens have (`auto_quantize` of ModelOpt
+adds (g e)^2 over elements, which is its diagonal). It gets the one weight with which all sites together rise as much as
+was measured with all of them in FP4: 1.0 on a GPT with a loss a token, far from it where a loss is of whole sequences.
 
 dgrad, wgrad. These errors change gradients, not this batch's loss. A role is given what its error adds to the squared
 relative error of the gradients of all parameters that it reaches, weighted by their part of the squared gradient: wgrad
