@@ -27,9 +27,9 @@ from scipy.stats import spearmanr
 from nvfp4c.bench.record import Record, about, save
 from nvfp4c.cli.bench import progress
 from nvfp4c.sensitivity.analysis import Candidate, Key
-from nvfp4c.sensitivity.analyze import Loss, Settings, forward_matmuls, rivals
+from nvfp4c.sensitivity.analyze import Loss, Settings, forward_matmuls, rise, rivals, verified
 from nvfp4c.sensitivity.budgets import Budget
-from nvfp4c.sensitivity.measure import Watch, everywhere, measure
+from nvfp4c.sensitivity.measure import everywhere, measure
 from nvfp4c.sensitivity.measurements import Measurements, load, merged
 from nvfp4c.sensitivity.problem import Problem
 from nvfp4c.sensitivity.report import mean_and_interval
@@ -37,6 +37,7 @@ from nvfp4c.sensitivity.score import scores
 from nvfp4c.sensitivity.solve import solve
 from nvfp4c.sensitivity.switched import SwitchedModel
 from nvfp4c.tasks import load_task
+from nvfp4c.watch import Watch, unwatched
 
 Rises = dict[Key, tuple[float, ...]]
 """The rise of the loss of each batch of the pool, with one forward matmul in FP4."""
@@ -114,6 +115,7 @@ def draw(
     def correlation(batches: Sequence[int], against: Sequence[float]) -> float:
         return float(spearmanr(against, [fmean(rises[key][number] for number in batches) for key in keys]).statistic)
 
+    plans, judged = (solve(problem), *rivals(problem, settings)), [pool[number] for number in held_out]
     noise = [role.noise / role.signal for role in (site.roles["fprop"] for site in found.sites)]
     diagonal = [site.roles["fprop"].diagonal or 0.0 for site in found.sites]
     return {
@@ -128,28 +130,13 @@ def draw(
                 held_out, [fmean(rises[key][number] for number in chosen) for key in keys]
             ),
         },
-        "plans": [
-            run(plan, problem, switched, [pool[number] for number in held_out], [plain[n] for n in held_out], loss)
-            for plan in (solve(problem), *rivals(problem, settings))
-        ],
+        "plans": [shown(plan) for plan in verified(switched, problem, plans, judged, loss, unwatched)],
     }
 
 
-def run(
-    plan: Candidate,
-    problem: Problem,
-    switched: SwitchedModel,
-    batches: Sequence[Any],
-    plain: Sequence[float],
-    loss: Loss,
-) -> dict[str, Any]:
-    measured = rise(switched.losses(set(problem.choices).difference(plan.bf16), batches, loss), plain)
-    mean, interval = mean_and_interval(measured)
-    return {**asdict(plan), "measured": measured, "mean": mean, "interval": interval}
-
-
-def rise(losses: Sequence[float], plain: Sequence[float]) -> tuple[float, ...]:
-    return tuple(one - other for one, other in zip(losses, plain, strict=True))
+def shown(plan: Candidate) -> dict[str, Any]:
+    mean, interval = mean_and_interval(plan.measured or ())
+    return {**asdict(plan), "mean": mean, "interval": interval}
 
 
 def summary(result: dict[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ from nvfp4c.errors import OptionError, TargetError, nearest
 from nvfp4c.fused_graphs import Half, fused_graphs, sites
 from nvfp4c.region import Region
 from nvfp4c.tasks import Task
+from nvfp4c.watch import Watch, unwatched
 
 GPUS = tuple(target.name for target in TARGETS.values() if target.capability)
 NOTE = "No kernel for {target} has run on such a GPU yet: docs/blackwell.md says what is proven without one."
@@ -61,8 +62,6 @@ WORDS = {
 """What the kernels that are not emitted compute."""
 
 SUMMARY = "summary.json"
-Watch = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done, and of how much."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ class Emission:
 
 
 def emit_task(
-    task: Task, target: str, out: Path, recipe: object = None, plan: object = None, watch: Watch | None = None
+    task: Task, target: str, out: Path, recipe: object = None, plan: object = None, watch: Watch = unwatched
 ) -> Emission:
     """Write every kernel of a task for a target such as "sm_90" into the new folder `out`; no GPU is needed.
 
@@ -179,7 +178,6 @@ def emit_task(
     becomes NN-name.py and NN-name.ptx, and the folder appears whole or not at all. Raises OptionError for a target that
     does not exist or a folder that holds files, TargetError for the CPU, and what the backend would raise.
     """
-    watch = watch or (lambda what, done, of: None)
     check_target(target)
     given = {"plan": plan} if recipe is None else {"plan": plan, "recipe": recipe}
     options = option_parsing.parse(given)

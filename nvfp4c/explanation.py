@@ -16,7 +16,7 @@ from nvfp4c import pipeline
 from nvfp4c.backend import device_of
 from nvfp4c.capture import capture
 from nvfp4c.codegen import targets
-from nvfp4c.dialect import Assignment, Operand, Quantization, Role, arguments, assignment_of, matmul_of
+from nvfp4c.dialect import Assignment, Operand, Quantization, Role, arguments, assignment_of, matmul_of, numbers
 from nvfp4c.passes.classify import operand_places
 
 
@@ -168,13 +168,8 @@ def sizes(node: fx.Node) -> tuple[int, int, int]:
         shape = (left.shape[0], 1, left.shape[1])
     else:
         shape = (math.prod(output.shape[:-1]), output.shape[-1], left.shape[-1])
-    m, n, k = (_example(size) for size in shape)
+    m, n, k = numbers(shape)
     return m, n, k
-
-
-def _example(size: int | torch.SymInt) -> int:
-    hint = size.node.hint if isinstance(size, torch.SymInt) else size
-    return int(hint)
 
 
 def _describe(operand: Operand, how: Quantization | None, role: Role) -> str:

@@ -154,16 +154,21 @@ def block_rounded(x: Tensor, amax: Tensor, block: tuple[int, int], random_bits: 
 
 def block_scales(x: Tensor, amax: Tensor, block: tuple[int, int]) -> Tensor:
     """The scales of `block_codes`."""
-    scales = torch.clamp(block_amax(pad_last(x).float(), block) * (encode_scale(amax) * (1 / E2M1_MAX)), max=E4M3_MAX)
+    return _scales(pad_last(x).float(), encode_scale(amax), block)
+
+
+def _scales(values: Tensor, encode: Tensor, block: tuple[int, int]) -> Tensor:
+    scales = torch.clamp(block_amax(values, block) * (encode * (1 / E2M1_MAX)), max=E4M3_MAX)
     # A positive NaN constant: the sign of a computed NaN differs between processors, and the contract is 0x7F.
     return torch.where(scales.isnan(), torch.nan, scales).to(torch.float8_e4m3fn)
 
 
 def _block_scaled(x: Tensor, amax: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """x over its scales, clipped to what E2M1 holds, and the scales."""
-    scales = block_scales(x, amax, block)
-    multiplier = torch.clamp(torch.reciprocal(scales.float() * torch.reciprocal(encode_scale(amax))), max=FP32_MAX)
-    blocks = pad_last(x).float().unflatten(-1, (block_count(x.shape[-1]), BLOCK))
+    values, encode = pad_last(x).float(), encode_scale(amax)
+    scales = _scales(values, encode, block)
+    multiplier = torch.clamp(torch.reciprocal(scales.float() * torch.reciprocal(encode)), max=FP32_MAX)
+    blocks = values.unflatten(-1, (block_count(x.shape[-1]), BLOCK))
     return torch.clamp(blocks * multiplier.unsqueeze(-1), -E2M1_MAX, E2M1_MAX).flatten(-2), scales
 
 

@@ -3,11 +3,11 @@
 `Switch` makes every matmul that can run in FP4 a call that gets its operands, its site and its role:
     %mm = aten.mm(%x, %w_t)
 becomes
-    %mm = operation(%x, %w_t, None, session, "fc1", "fprop")
+    %mm = operation(session, %x, %w_t, None, "fc1", "fprop")
 `Observe` leaves all of them but one a site, the last in backward, whose call gets the operands of the others too:
     %dx = aten.mm(%dy, %w)
 becomes
-    %dx = operation(%dy, %w, [%x, %w_t], [%dy_t, %x, %dw], samples, session, "fc1", "dgrad")
+    %dx = operation(session, %dy, %w, [%x, %w_t], [%dy_t, %x, %dw], samples, "fc1", "dgrad")
 Both calls return what the matmul returns. So everything about a site is at hand at one moment, and nothing is kept for
 it that backward does not keep anyway.
 """
@@ -110,7 +110,7 @@ def _origin_of(nodes: dict[Role, fx.Node], kind: Operand) -> fx.Node | None:
 
 @dataclass(frozen=True)
 class Switch:
-    """operation: (left, right, bias or None, session, site, role) -> what the matmul gives."""
+    """operation: (session, left, right, bias or None, site, role) -> what the matmul gives."""
 
     operation: Target
     session: int
@@ -121,14 +121,14 @@ class Switch:
             if matmul is None:
                 continue
             bias = arguments(node)[0] if OPERAND_PLACES[node.target] == (1, 2) else None
-            args = (*operands(node), bias, self.session, matmul.site, matmul.role.value)
+            args = (self.session, *operands(node), bias, matmul.site, matmul.role.value)
             _replace(graph, node, self.operation, args)
         return graph
 
 
 @dataclass(frozen=True)
 class Observe:
-    """operation: (left, right, operands of fprop, operands and result of the other backward matmul, samples, session,
+    """operation: (session, left, right, operands of fprop, operands and result of the other backward matmul, samples,
     site, role) -> what the matmul gives; an empty list where the site has no such matmul in this graph. samples: see
     `samples`."""
 
@@ -144,7 +144,7 @@ class Observe:
             other = found.roles.get(Role.DGRAD if found.host is Role.WGRAD else Role.WGRAD)
             fprop = [] if forward is None else list(operands(forward))
             backward = [] if other is None else [*operands(other), other]
-            args = (*operands(node), fprop, backward, samples(graph, found), self.session, found.site, found.host.value)
+            args = (self.session, *operands(node), fprop, backward, samples(graph, found), found.site, found.host.value)
             _replace(graph, node, self.operation, args)
         return graph
 

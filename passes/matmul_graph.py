@@ -42,6 +42,12 @@ def block_of(site: str) -> tuple[str, int] | None:
     return (match["prefix"], int(match["index"])) if match else None
 
 
+def block_name(site: str) -> str | None:
+    """What all names in a site's block begin with, `layers.3.`: an encoder and a decoder both have a block 0."""
+    found = block_of(site)
+    return None if found is None else f"{found[0]}{found[1]}."
+
+
 def block_counts(sites: Iterable[str]) -> dict[str, int]:
     """How many blocks there are below each prefix."""
     counts: dict[str, int] = {}

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
+from nvfp4c.watch import Watch, unwatched
+
 Call = Callable[[], object]
 Clock = Callable[[Call], float]
 """Runs a call and returns the seconds that it took."""
-
-Watch = Callable[[str, int, int], None]
-"""Is told what is being done, how many parts of it are done, and of how many."""
 
 HEAD_START = 80
 """Times that a GPU reads more than its cache holds before a sample of a short kernel. It takes some milliseconds, in
@@ -57,7 +56,7 @@ def interleaved(
     *,
     warmups: int = 1,
     before: Callable[[str], object] = lambda name: None,
-    watch: Watch = lambda what, done, of: None,
+    watch: Watch = unwatched,
 ) -> dict[str, Samples]:
     """Samples of each call by its name, `rounds` each, after `warmups` rounds that are not kept.
 

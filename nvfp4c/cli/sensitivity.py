@@ -125,7 +125,6 @@ def _task(task: str | None, hf: Path | None, text: list[Path], batches: int, see
 
 def ranking(analysis: Analysis) -> Table:
     """The matmuls that raise the loss most in FP4."""
-    chosen = next(plan for plan in analysis.candidates if plan.name == analysis.chosen)
     ranked = sorted(analysis.scores.items(), key=lambda item: -item[1])
     measured = {(site.site, name): role for site in analysis.measurements.sites for name, role in site.roles.items()}
     total = sum(role.operations for role in measured.values())
@@ -148,7 +147,7 @@ def ranking(analysis: Analysis) -> Table:
             f"{score:+.2e}",
             f"{role.snr_db:.1f}",
             f"{role.operations / total:.2%}",
-            "bf16" if key in chosen.bf16 else "nvfp4",
+            "bf16" if key in analysis.plan.bf16 else "nvfp4",
         )
     return table
 

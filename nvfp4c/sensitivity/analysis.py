@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from nvfp4c.errors import DataError
 from nvfp4c.sensitivity.measurements import Measurements
 
 Key = tuple[str, str]
@@ -58,6 +59,14 @@ class Analysis:
     single: Scores = field(default_factory=dict)
     all_but: Scores = field(default_factory=dict)
     cosine: Scores = field(default_factory=dict)
+
+    @property
+    def plan(self) -> Candidate:
+        """The plan that was chosen. Raises DataError where it is not among the candidates."""
+        for candidate in self.candidates:
+            if candidate.name == self.chosen:
+                return candidate
+        raise DataError(f"the analysis chose the plan {self.chosen!r} but does not hold it; solve again")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; scores as site: role: number."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from nvfp4c.sensitivity import baselines, report
 from nvfp4c.sensitivity.analysis import Analysis, Candidate, Key, Scores
 from nvfp4c.sensitivity.budgets import PAPER_SHARE, Budget
 from nvfp4c.sensitivity.constraints import UNCONSTRAINED, Constraints
-from nvfp4c.sensitivity.measure import Watch, check_batches, everywhere, measure
+from nvfp4c.sensitivity.measure import check_batches, everywhere, measure
 from nvfp4c.sensitivity.measurements import Measurements
 from nvfp4c.sensitivity.plans import to_plan
 from nvfp4c.sensitivity.problem import Problem
@@ -29,6 +30,7 @@ from nvfp4c.sensitivity.score import scores
 from nvfp4c.sensitivity.solve import curve, solve
 from nvfp4c.sensitivity.switched import SwitchedModel
 from nvfp4c.tasks import Task
+from nvfp4c.watch import Watch, unwatched
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -67,7 +69,7 @@ def analyze(
     held_out: Sequence[Any] = (),
     settings: Settings | None = None,
     folder: Path | None = None,
-    watch: Watch | None = None,
+    watch: Watch = unwatched,
 ) -> Analysis:
     """Decide which matmuls run in FP4. loss(model, batch): a scalar tensor, the mean over the batch.
 
@@ -76,14 +78,14 @@ def analyze(
     saying what to do.
     """
     settings = settings or Settings()
-    watch = watch or (lambda what, done, of: None)
     check_batches([*batches, *held_out])
     found = measure(model, batches, loss, settings.recipe, settings.seed, folder, watch)
     switched = SwitchedModel(model, everywhere(settings.recipe))
-    everything = rise_of(switched, forward_matmuls(found), batches, loss)
+    plain = switched.losses((), batches, loss)
+    everything = fmean(rise(switched.losses(forward_matmuls(found), batches, loss), plain))
     more = {"method": settings.method, "held_out": len(held_out), "rise_with_everything_in_fp4": everything}
     found = replace(found, provenance={**found.provenance, **more})
-    ablation = ablate(switched, found, batches, loss, watch) if settings.method == "ablate" else Ablation()
+    ablation = ablate(switched, found, batches, plain, loss, watch) if settings.method == "ablate" else Ablation()
     problem = Problem(found, {**scores(found, everything), **ablation.single}, settings.budget, settings.constraints)
     chosen = solve(problem)
     plans = [chosen, *rivals(problem, settings)]
@@ -115,11 +117,6 @@ def forward_matmuls(found: Measurements) -> list[Key]:
     return [(site.site, "fprop") for site in found.sites if "fprop" in site.roles]
 
 
-def rise_of(switched: SwitchedModel, fp4: Sequence[Key], batches: Sequence[Any], loss: Loss) -> float:
-    """The mean rise of the loss with these in FP4, really run."""
-    return _mean(_rise(switched.losses(fp4, batches, loss), switched.losses((), batches, loss)))
-
-
 @dataclass(frozen=True)
 class Ablation:
     """What `--method ablate` measures: see `Analysis`."""
@@ -129,9 +126,16 @@ class Ablation:
     cosine: Scores = field(default_factory=dict)
 
 
-def ablate(switched: SwitchedModel, found: Measurements, batches: Sequence[Any], loss: Loss, watch: Watch) -> Ablation:
+def ablate(
+    switched: SwitchedModel,
+    found: Measurements,
+    batches: Sequence[Any],
+    plain: Sequence[float],
+    loss: Loss,
+    watch: Watch,
+) -> Ablation:
     """One matmul after the other, really run: forward ones for the loss of all batches, all roles for the gradients of
-    the first batch."""
+    the first batch. plain: the loss of each batch without FP4."""
     what = "measuring one at a time"
     forward = forward_matmuls(found)
     every = [(site.site, role) for site in found.sites for role in site.roles]
@@ -139,8 +143,9 @@ def ablate(switched: SwitchedModel, found: Measurements, batches: Sequence[Any],
     single, all_but, cosine = {}, {}, {}
     for number, key in enumerate(forward):
         watch(what, number, steps)
-        single[key] = rise_of(switched, [key], batches, loss)
-        all_but[key] = rise_of(switched, [other for other in forward if other != key], batches, loss)
+        single[key] = fmean(rise(switched.losses([key], batches, loss), plain))
+        others = [other for other in forward if other != key]
+        all_but[key] = fmean(rise(switched.losses(others, batches, loss), plain))
     exact = switched.gradient((), batches[0], loss)
     for number, key in enumerate(every, len(forward)):
         watch(what, number, steps)
@@ -163,17 +168,14 @@ def verified(
     for number, plan in enumerate(plans):
         watch("running plans", number, len(plans))
         fp4 = set(problem.choices).difference(plan.bf16)
-        found.append(replace(plan, measured=_rise(switched.losses(fp4, held_out, loss), plain)))
+        found.append(replace(plan, measured=rise(switched.losses(fp4, held_out, loss), plain)))
     watch("running plans", len(plans), len(plans))
     return found
 
 
-def _rise(losses: Sequence[float], plain: Sequence[float]) -> tuple[float, ...]:
+def rise(losses: Sequence[float], plain: Sequence[float]) -> tuple[float, ...]:
+    """By how much the loss of each batch is above what it is without FP4."""
     return tuple(one - other for one, other in zip(losses, plain, strict=True))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def data_of(task: Task, count: int = BATCHES) -> tuple[list[Any], list[Any]]:
@@ -195,13 +197,13 @@ def data_of(task: Task, count: int = BATCHES) -> tuple[list[Any], list[Any]]:
 
 def plan_of(analysis: Analysis) -> PrecisionPlan:
     """The plan that was chosen, with where it came from."""
-    chosen = next(plan for plan in analysis.candidates if plan.name == analysis.chosen)
+    chosen = analysis.plan
     provenance = {
         **analysis.measurements.provenance,
         "budget": {"limit": chosen.budget, "unit": analysis.budget_unit, "target": analysis.target},
         "share_in_bf16": chosen.share,
         "predicted_rise": chosen.predicted,
-        "measured_rise": None if chosen.measured is None else _mean(chosen.measured),
+        "measured_rise": None if chosen.measured is None else fmean(chosen.measured),
     }
     return to_plan(analysis.measurements, chosen.bf16, provenance)
 
@@ -215,7 +217,7 @@ def write(analysis: Analysis, out: Path) -> None:
 
 
 def analyze_task(
-    task: Task, settings: Settings, count: int = BATCHES, out: Path | None = None, watch: Watch | None = None
+    task: Task, settings: Settings, count: int = BATCHES, out: Path | None = None, watch: Watch = unwatched
 ) -> Analysis:
     """`analyze` of a task; writes to `out`, and keeps parts of the measurement in `out`/parts for the next run."""
     _, loss = task.training()

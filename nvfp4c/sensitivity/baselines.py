@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable
 from random import Random
 
+from nvfp4c.passes.matmul_graph import block_name
 from nvfp4c.sensitivity.analysis import Candidate, Key
-from nvfp4c.sensitivity.constraints import block_name
 from nvfp4c.sensitivity.measurements import SiteMeasure
 from nvfp4c.sensitivity.problem import SLACK, Problem
 
@@ -53,7 +53,7 @@ def paper(problem: Problem) -> Candidate:
     filling = _Filling(problem)
     blocks: dict[str, list[SiteMeasure]] = {}
     for site in problem.measurements.sites:
-        blocks.setdefault(block_name(site) or "", []).append(site)
+        blocks.setdefault(block_name(site.site) or "", []).append(site)
     for site in reversed(blocks.pop("", [])):
         filling.add([site])
     for sites in _outside_in(list(blocks.values())):

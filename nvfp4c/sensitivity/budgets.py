@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from nvfp4c.cost import MACHINES, matmul_seconds
+from nvfp4c.cost import BF16_BYTES, MACHINES, NVFP4_BYTES, matmul_seconds
 from nvfp4c.errors import DataError, OptionError, nearest
 from nvfp4c.sensitivity.analysis import Key
 from nvfp4c.sensitivity.constraints import choices
@@ -15,9 +15,9 @@ from nvfp4c.sensitivity.measurements import Measurements, RoleMeasure
 PAPER_SHARE = 0.15
 """Of the matmul operations, left in BF16 by arXiv 2509.25149."""
 
-NVFP4_BITS, BF16_BITS = 4.5, 16.0
-"""Of an element of a weight. NVFP4: 4 bits, and 8 bits of scale for 16 elements. Kernels store the scale of a 16x16
-tile once for each of its rows, so a tile counts the same."""
+NVFP4_BITS, BF16_BITS = 8 * NVFP4_BYTES, 8 * BF16_BYTES
+"""Of an element of a weight. Kernels store the scale of a 16x16 tile once for each of its rows, so a tile counts like
+rows of 16."""
 
 
 @dataclass(frozen=True)

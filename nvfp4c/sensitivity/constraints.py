@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import networkx as nx
 
 from nvfp4c.errors import PlanError
-from nvfp4c.passes.matmul_graph import block_of
+from nvfp4c.passes.matmul_graph import block_name
 from nvfp4c.plan import EMPTY_PLAN, PrecisionPlan
 from nvfp4c.sensitivity.analysis import Key
 from nvfp4c.sensitivity.measurements import Measurements, RoleMeasure, SiteMeasure
@@ -51,12 +51,6 @@ def choices(measurements: Measurements) -> dict[Key, RoleMeasure]:
     }
 
 
-def block_name(site: SiteMeasure) -> str | None:
-    """What the names in its block begin with, `layers.3.`: an encoder and a decoder both have a block 0."""
-    found = block_of(site.site)
-    return None if found is None else f"{found[0]}{found[1]}."
-
-
 def groups(measurements: Measurements, constraints: Constraints) -> tuple[Group, ...]:
     """All of `choices`, divided into what is decided together, in their order.
 
@@ -91,8 +85,8 @@ def _ties(site: SiteMeasure, role: str, constraints: Constraints) -> Iterator[tu
         yield ("weight", site.weight, role)
     if constraints.shared_input:
         yield ("input", site.reads, role)
-    if constraints.whole_blocks and block_name(site) is not None:
-        yield ("block", block_name(site), None)
+    if constraints.whole_blocks and block_name(site.site) is not None:
+        yield ("block", block_name(site.site), None)
 
 
 def _group(keys: tuple[Key, ...], must: dict[Key, str]) -> Group:

@@ -30,11 +30,19 @@ LIBRARY = torch.library.Library("nvfp4_sensitivity", "DEF")
 
 
 class Watcher(Protocol):
-    """Who is asked. Graphs are shown when they are captured, their matmuls classified and assigned."""
+    """Who is asked: shown every graph when it is captured, its matmuls classified and assigned."""
 
     def captured(self, graph: fx.Graph, names: ModelNames) -> None: ...
 
+
+class Decider(Watcher, Protocol):
+    """Gives the result of every matmul. Arguments: see `passes.intercept.Switch`."""
+
     def matmul(self, left: Tensor, right: Tensor, bias: Tensor | None, site: str, role: str) -> Tensor: ...
+
+
+class Observer(Watcher, Protocol):
+    """Gives the result of the last backward matmul of every site. Arguments: see `passes.intercept.Observe`."""
 
     def observe(
         self,
@@ -48,35 +56,30 @@ class Watcher(Protocol):
     ) -> Tensor: ...
 
 
-_sessions: WeakValueDictionary[int, Watcher] = WeakValueDictionary()
+_sessions: WeakValueDictionary[int, Any] = WeakValueDictionary()
+"""Watchers by the number that their graphs hold."""
+
 _numbers = count()
 
 
-def _matmul(left: Tensor, right: Tensor, bias: Tensor | None, session: int, site: str, role: str) -> Tensor:
-    return _sessions[session].matmul(left, right, bias, site, role)
+def _matmul(session: int, *arguments: Any) -> Tensor:
+    decider: Decider = _sessions[session]
+    return decider.matmul(*arguments)
 
 
-def _observe(
-    left: Tensor,
-    right: Tensor,
-    fprop: Sequence[Tensor],
-    other: Sequence[Tensor],
-    samples: int,
-    session: int,
-    site: str,
-    role: str,
-) -> Tensor:
-    return _sessions[session].observe(left, right, fprop, other, samples, site, role)
+def _observe(session: int, *arguments: Any) -> Tensor:
+    observer: Observer = _sessions[session]
+    return observer.observe(*arguments)
 
 
-def _fake(left: Tensor, right: Tensor, *_: object) -> Tensor:
+def _fake(session: int, left: Tensor, right: Tensor, *_: object) -> Tensor:
     return left.new_empty((*left.shape[:-1], right.shape[-1]))
 
 
 for _definition, _implementation in (
-    ("matmul(Tensor left, Tensor right, Tensor? bias, int session, str site, str role) -> Tensor", _matmul),
+    ("matmul(int session, Tensor left, Tensor right, Tensor? bias, str site, str role) -> Tensor", _matmul),
     (
-        "observe(Tensor left, Tensor right, Tensor[] fprop, Tensor[] other, SymInt samples, int session, str site, "
+        "observe(int session, Tensor left, Tensor right, Tensor[] fprop, Tensor[] other, SymInt samples, str site, "
         "str role) -> Tensor",
         _observe,
     ),
@@ -90,12 +93,12 @@ MATMUL = torch.ops.nvfp4_sensitivity.matmul.default
 OBSERVE = torch.ops.nvfp4_sensitivity.observe.default
 
 
-def switched(model: nn.Module, recipe: Recipe, watcher: Watcher) -> Callable[..., Any]:
+def switched(model: nn.Module, recipe: Recipe, watcher: Decider) -> Callable[..., Any]:
     """The model with `watcher.matmul` in place of every matmul that can run in FP4 under a recipe."""
     return _compiled(model, recipe, watcher, lambda session: Switch(MATMUL, session))
 
 
-def observed(model: nn.Module, recipe: Recipe, watcher: Watcher) -> Callable[..., Any]:
+def observed(model: nn.Module, recipe: Recipe, watcher: Observer) -> Callable[..., Any]:
     """The model with `watcher.observe` in place of the last backward matmul of every site."""
     return _compiled(model, recipe, watcher, lambda session: Observe(OBSERVE, session))
 

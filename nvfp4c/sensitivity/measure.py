@@ -30,9 +30,7 @@ from nvfp4c.sensitivity.intercepted import observed, uncompiled
 from nvfp4c.sensitivity.measurements import Measurements, merged
 from nvfp4c.sensitivity.probe import Probe
 from nvfp4c.sensitivity.state import as_it_was, draw_from
-
-Watch = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done, and of how much."""
+from nvfp4c.watch import Watch, unwatched
 
 
 def everywhere(recipe: str | Recipe) -> Recipe:
@@ -49,7 +47,7 @@ def measure(
     recipe: str | Recipe = recipes.DEFAULT_RECIPE,
     seed: int = 0,
     folder: Path | None = None,
-    watch: Watch | None = None,
+    watch: Watch = unwatched,
 ) -> Measurements:
     """Measure what FP4 costs at every site and role. The model, its buffers and gradients, and torch's generators, are
     afterwards what they were.
@@ -60,7 +58,6 @@ def measure(
     """
     check_batches(batches)
     model = uncompiled(model)
-    watch = watch or (lambda what, done, of: None)
     chosen = everywhere(recipe)
     provenance = provenance_of(model, batches, chosen, seed)
     probe = Probe(seed)

@@ -146,13 +146,15 @@ class Measurements:
 
     def save(self, path: Path) -> None:
         """Write as JSON; the file appears whole or not at all."""
-        write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=True) + "\n")
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
 
 def merged(parts: Sequence[Measurements]) -> Measurements:
     """Measurements of several sets of batches as one of all of them. They are of the same model and recipe."""
-    sites = {site.site: site for part in parts for site in part.sites}
-    found = {name: [site for part in parts for site in part.sites if site.site == name] for name in sites}
+    found: dict[str, list[SiteMeasure]] = {}
+    for part in parts:
+        for site in part.sites:
+            found.setdefault(site.site, []).append(site)
     batches = sum(part.batches for part in parts)
     return Measurements(
         sites=tuple(_merged_site(measured) for measured in found.values()),

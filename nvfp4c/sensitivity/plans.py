@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from glob import escape
 
+from nvfp4c.passes.matmul_graph import block_name
 from nvfp4c.plan import PrecisionPlan, Rule
 from nvfp4c.recipe import ROLES
 from nvfp4c.sensitivity.analysis import Key
-from nvfp4c.sensitivity.constraints import block_name
 from nvfp4c.sensitivity.measurements import Measurements, SiteMeasure
 
 
@@ -22,7 +22,7 @@ def to_plan(measurements: Measurements, bf16: Collection[Key], provenance: Mappi
     wanted = {site.site: _wanted(site, bf16) for site in measurements.sites}
     blocks: dict[str | None, list[SiteMeasure]] = {}
     for site in measurements.sites:
-        blocks.setdefault(block_name(site), []).append(site)
+        blocks.setdefault(block_name(site.site), []).append(site)
     rules = [Rule("*", dict.fromkeys(measured, "nvfp4"))]
     for block, sites in blocks.items():
         kept = [_kept(wanted[site.site]) for site in sites]

@@ -20,10 +20,11 @@ from nvfp4c.dialect import Assignment, Matmul, Operand, Quantization, Role
 from nvfp4c.errors import DataError
 from nvfp4c.formats import BLOCK, E2M1_MAX, GLOBAL_MAX, TILE_BLOCK
 from nvfp4c.passes.intercept import site_nodes
-from nvfp4c.passes.matmul_graph import block_of
+from nvfp4c.passes.matmul_graph import block_name, block_of
+from nvfp4c.recipe import ROLES
 from nvfp4c.sensitivity.compared import Compared, dot
 from nvfp4c.sensitivity.measurements import OCTAVES, SCALE_BINS, OperandMeasure, RoleMeasure, SiteMeasure
-from nvfp4c.sensitivity.quantized import STREAM_BITS, Quantized, quantized
+from nvfp4c.sensitivity.quantized import Quantized, Quantizer
 from nvfp4c.sites import ModelNames
 
 SAMPLE = 1 << 14
@@ -51,14 +52,16 @@ class Site:
 
 @dataclass
 class Probe:
-    """Watches a model, see `intercepted.observed`. Call `begin` before each batch, and `take` after."""
+    """Observes a model, see `intercepted.observed`. Call `begin` before each batch, and `take` after."""
 
     seed: int = 0
     sites: dict[str, Site] = field(default_factory=dict)
     _sums: dict[tuple[str, str], _Sums] = field(default_factory=dict)
     _inputs: dict[tuple[int, fx.Node], int] = field(default_factory=dict)
     _recent: list[tuple[Tensor, Quantization, Quantized]] = field(default_factory=list)
-    _stream: int = 0
+
+    def __post_init__(self) -> None:
+        self._quantizer = Quantizer(self.seed)
 
     def captured(self, graph: fx.Graph, names: ModelNames) -> None:
         placeholders = {node: place for place, node in enumerate(graph.find_nodes(op="placeholder"))}
@@ -71,9 +74,6 @@ class Probe:
             value = found.weight.meta["val"]
             weight = described.names[0] if described.names else found.site
             self.sites[found.site] = Site(found.site, weight, int(value.numel()), reads, value.dim() > 2, roles)
-
-    def matmul(self, left: Tensor, right: Tensor, bias: Tensor | None, site: str, role: str) -> Tensor:
-        raise AssertionError("a probe watches; it decides nothing")
 
     def observe(
         self,
@@ -131,14 +131,13 @@ class Probe:
                 return operand
             if quantization == how == TILES and _same_memory(known, x.mT):
                 return operand.mT
-        self._stream += 1
-        operand = quantized(x, how, torch.tensor(self.seed, device=x.device), self._stream)
+        operand = self._quantizer(x, how)
         self._recent = [(x, how, operand), *self._recent][:RECENT]
         return operand
 
     def begin(self, batch: int) -> None:
         """Random numbers of a batch are its own, whatever was measured before it."""
-        self._stream = batch << STREAM_BITS
+        self._quantizer.begin(batch)
 
     def take(self) -> tuple[SiteMeasure, ...]:
         """Every site that was captured, in forward order, and what was measured since the last time.
@@ -156,15 +155,11 @@ class Probe:
             SiteMeasure(
                 site=site.name,
                 block=None if (block := block_of(site.name)) is None else block[1],
-                projection=site.name if block is None else site.name.removeprefix(f"{block[0]}{block[1]}."),
+                projection=site.name.removeprefix(block_name(site.name) or ""),
                 weight=site.weight,
                 weight_elements=site.weight_elements,
                 reads=site.reads,
-                roles={
-                    role: sums[site.name, role].measure(role)
-                    for role in ("fprop", "dgrad", "wgrad")
-                    if (site.name, role) in sums
-                },
+                roles={role: sums[site.name, role].measure(role) for role in ROLES if (site.name, role) in sums},
                 obstacle=None if any(key[0] == site.name for key in sums) else NO_GRADIENT,
             )
             for site in self.sites.values()

@@ -58,6 +58,23 @@ def _on_gpu(x: Tensor, how: Quantization, seed: Tensor | None, stream: int) -> Q
     return Quantized(sources[0] if sources else x, values, amax)
 
 
+@dataclass
+class Quantizer:
+    """Quantises one operand after the other, each with random numbers of its own. seed: of stochastic rounding."""
+
+    seed: int = 0
+    _stream: int = 0
+
+    def begin(self, batch: int) -> None:
+        """Random numbers of a batch are its own, whatever was quantised before it."""
+        self._stream = batch << STREAM_BITS
+
+    def __call__(self, x: Tensor, how: Quantization) -> Quantized:
+        """x: as in `quantized`."""
+        self._stream += 1
+        return quantized(x, how, torch.tensor(self.seed, device=x.device), self._stream)
+
+
 def product(left: Quantized | Tensor, right: Quantized | Tensor) -> Tensor:
     """left @ right^T in FP32 of operands [.., M, K] and [.., N, K]; a tensor is an operand that is not quantised."""
     a, b = (operand.values if isinstance(operand, Quantized) else operand for operand in (left, right))

@@ -20,7 +20,6 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 from scipy.special import stdtrit
 
-from nvfp4c.errors import DataError
 from nvfp4c.files import write_text
 from nvfp4c.page import facts, script_json
 from nvfp4c.recipe import ROLES
@@ -78,13 +77,13 @@ def page_data(analysis: Analysis) -> dict[str, Any]:
             if role in site.roles
         ],
         "candidates": [_candidate(candidate, analysis, places) for candidate in analysis.candidates],
-        "chosen": analysis.candidates.index(_chosen(analysis)),
+        "chosen": analysis.candidates.index(analysis.plan),
     }
 
 
 def verdict(analysis: Analysis) -> str:
     """The plan that was chosen, in plain sentences."""
-    return "The chosen plan: " + " ".join(plan_sentences(_chosen(analysis), analysis))
+    return "The chosen plan: " + " ".join(plan_sentences(analysis.plan, analysis))
 
 
 def plan_sentences(candidate: Candidate, analysis: Analysis) -> list[str]:
@@ -119,13 +118,6 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
         return (fmean(values) if values else math.nan), math.nan
     quantile = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))
     return fmean(values), quantile * stdev(values) / math.sqrt(len(values))
-
-
-def _chosen(analysis: Analysis) -> Candidate:
-    for candidate in analysis.candidates:
-        if candidate.name == analysis.chosen:
-            return candidate
-    raise DataError(f"the analysis chose the plan {analysis.chosen!r} but does not hold it; solve again")
 
 
 def _lines(sites: Sequence[SiteMeasure]) -> list[str]:

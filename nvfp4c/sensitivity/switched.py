@@ -14,23 +14,18 @@ from nvfp4c.passes.intercept import site_nodes
 from nvfp4c.recipe import Recipe
 from nvfp4c.sensitivity.analysis import Key
 from nvfp4c.sensitivity.intercepted import switched
-from nvfp4c.sensitivity.quantized import STREAM_BITS, Quantized, product, quantized
+from nvfp4c.sensitivity.quantized import Quantized, Quantizer, product
 from nvfp4c.sensitivity.state import as_it_was, draw_from
 from nvfp4c.sites import ModelNames
 
 
 @dataclass
 class Switches:
-    """Watches a model, see `intercepted.switched`. fp4: what runs in FP4 from now on. seed: of stochastic rounding."""
+    """Decide for a model, see `intercepted.switched`. fp4: what runs in FP4 from now on."""
 
     fp4: frozenset[Key] = frozenset()
-    seed: int = 0
     known: dict[Key, Assignment] = field(default_factory=dict)
-    _stream: int = 0
-
-    def begin(self, batch: int) -> None:
-        """Random numbers of a batch are its own, whatever ran before it."""
-        self._stream = batch << STREAM_BITS
+    quantizer: Quantizer = field(default_factory=Quantizer)
 
     def captured(self, graph: fx.Graph, names: ModelNames) -> None:
         for found in site_nodes(graph).values():
@@ -43,14 +38,9 @@ class Switches:
         assignment = self.known[site, role]
         operands: list[Quantized | Tensor] = []
         for x, how in zip((left, right.mT), (assignment.left, assignment.right), strict=True):
-            self._stream += 1
-            seed = torch.tensor(self.seed, device=x.device)
-            operands.append(x if how is None else quantized(x, how, seed, self._stream))
+            operands.append(x if how is None else self.quantizer(x, how))
         found = product(*operands)
         return (found if bias is None else found + bias.float()).to(left.dtype)
-
-    def observe(self, *_: Any) -> Tensor:
-        raise AssertionError("switches decide; they watch nothing")
 
 
 def _plain(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
@@ -85,6 +75,6 @@ class SwitchedModel:
         return torch.cat([gradient.float().flatten() for gradient in found if gradient is not None])
 
     def _loss(self, number: int, batch: Any, loss: Callable[..., Tensor]) -> Tensor:
-        self._switches.begin(number)
-        draw_from(self._switches.seed + number, self._plain)
+        self._switches.quantizer.begin(number)
+        draw_from(self._switches.quantizer.seed + number, self._plain)
         return loss(self._model, batch)
