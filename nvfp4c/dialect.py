@@ -418,8 +418,8 @@ def numbers(sizes: Sequence[int | torch.SymInt]) -> tuple[int, ...]:
 class KernelTable:
     """What `lower` puts in place of the operations on one target.
 
-    Each entry is a function of tensors that `make_fx` can trace: plain aten, or a call of an operation of the
-    target's own. Arguments are those of the dialect operation of the same name.
+    Each entry is an operation of the target's own, or a function of tensors that `make_fx` can trace. Arguments and
+    results are those of the dialect operation of the same name.
 
     A target has either `region`, one kernel for all that is computed from a matrix, or the four before it. `operand` is
     quantize followed by dequantize, for an operand whose packed form nobody needs; None where there is none. `weight`

@@ -93,6 +93,8 @@ def _derived(node: fx.Node, like: fx.Node) -> Any:
     """What a node gives on the fake tensors of its arguments. like: holds a fake tensor if those do not."""
     assert callable(node.target)
     args, kwargs = value(tuple(arguments(node))), value(dict(node.kwargs))
+    if node.target is operator.getitem:  # needs no fake mode, which takes long to enter
+        return args[0][args[1]]
     with detect_fake_mode([*args, like.meta.get("val")]) or nullcontext():
         return node.target(*args, **kwargs)
 

@@ -11,7 +11,8 @@ becomes
 An operand that is quantised in this graph, and whose packed form nobody else needs, is never packed. Transposed tiles
 are read as a transpose of the dequantised operand.
 
-The entries of the kernel table are traced with `make_fx` once for each distinct argument shape, then copied in.
+An entry of the kernel table that is an operation itself takes the place of the dialect's. Others are traced with
+`make_fx` once for each distinct argument shape, then copied in.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._inductor.decomposition import select_decomp_table
+from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Target
 from torch.utils._pytree import tree_leaves
@@ -95,13 +97,17 @@ class _Lowering:
             PRODUCT: self.table.product,
             BLOCK_SCALED_MM: self.table.block_scaled_mm,
         }
+        entry = entries.get(node.target)
+        if isinstance(entry, OpOverload):
+            node.target = entry
+            return
         with self.graph.inserting_before(node):
             if node.target is SCALED_MM:
                 self._replace(node, self._scaled_mm(node))
             elif node.target is DEQUANTIZE:
                 self._replace(node, self._dequantize(node))
             elif node.target in entries:
-                found = self._emit(entries[node.target], arguments(node), node)
+                found = self._emit(entry, arguments(node), node)
                 if node.target in (REGION, WEIGHT):
                     self._replace_items(node, found)
                 else:
