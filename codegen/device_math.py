@@ -44,7 +44,13 @@ def bits_float(bits):
 
 @triton.jit
 def _widen_bfloat16(x):
-    return bits_float(x.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    if INTERPRETED:
+        x = bits_float(x.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    else:
+        x = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
+        )
+    return x
 
 
 @triton.jit

@@ -176,14 +176,19 @@ def _down(region: Region, outputs: list[tuple[int, Output]]) -> list[str]:
         "column = tl.arange(0, COLUMNS)[None, :]",
         "in_columns = column < columns_left",
         *(f"c{place} = load_line(o{place} + column, in_columns, EVEN)" for place, k in inputs if k is Kind.COLUMN),
+        *(f"p{place} = o{place} + 16 * group" for place, k in inputs if k is Kind.ROW),
+        *(f"p{place} = o{place} + 16 * group * i{place}_row + column" for place, k in inputs if k is Kind.FULL),
     ]
+    step = {Kind.FULL: "p{0} += i{0}_row", Kind.ROW: "p{0} += 1", Kind.COLUMN: ""}
     for i in range(BLOCK):
         in_rows = f"16 * group + {i} < rows_left"
         inside = f"({in_rows}) & in_columns"
+        if i:
+            lines += [step[kind].format(place) for place, kind in inputs if step[kind]]
         loaded = [
             {
-                Kind.FULL: f"load_line(o{place} + (16 * group + {i}) * i{place}_row + column, {inside}, EVEN)",
-                Kind.ROW: f"load_line(o{place} + 16 * group + {i}, {in_rows}, EVEN)",
+                Kind.FULL: f"load_line(p{place}, {inside}, EVEN)",
+                Kind.ROW: f"load_line(p{place}, {in_rows}, EVEN)",
                 Kind.COLUMN: f"c{place}",
             }[kind]
             for place, kind in inputs
@@ -219,15 +224,21 @@ def _down(region: Region, outputs: list[tuple[int, Output]]) -> list[str]:
 def _down_stored(buffer: str, values: list[str], whole: bool) -> list[str]:
     """Store sixteen rows, of which nothing is rounded. whole: rows beyond the last are kept up to a whole block."""
     height, left = ("tl.cdiv(rows, 16) * 16", "tl.cdiv(rows_left, 16) * 16") if whole else ("rows", "rows_left")
-    return [
-        f"place = {_out(buffer, height, 'columns', 'first_row')} + column",
-        f"left = {left}",
-        *(
-            f"store(place + (16 * group + {i}) * columns, to_dtype({value}, {buffer}.dtype.element_ty), "
-            f"(16 * group + {i} < left) & in_columns, EVEN)"
-            for i, value in enumerate(values)
-        ),
+    stores = [
+        f"store(place, to_dtype({value}, {buffer}.dtype.element_ty), (16 * group + {i} < left) & in_columns, EVEN)"
+        for i, value in enumerate(values)
     ]
+    return [
+        f"place = {_out(buffer, height, 'columns', 'first_row')} + 16 * group * columns + column",
+        f"left = {left}",
+        *_line_by_line(stores),
+    ]
+
+
+def _line_by_line(stores: list[str]) -> list[str]:
+    """Stores at `place`, each a line further. Adding a stride to pointers is one operation, where computing each anew
+    would be four; Triton takes time in the square of their number."""
+    return [line for store in stores for line in (store, "place += columns")][:-1]
 
 
 def _butterfly(prefix: str, signs: tuple[int, ...]) -> list[str]:
@@ -277,13 +288,15 @@ def _down_quantised(place: int, output: Output) -> list[str]:
         return lines + _down_stored(f"operand{place}", values, whole=output.signs is not None)
     lines += [
         "inside = (16 * group < rows_left) & in_columns",
-        f"place = {_out(f'codes{place}', 'tl.cdiv(rows, 16) * 8', 'columns', 'first_row // 2')} + column",
+        f"place = {_out(f'codes{place}', 'tl.cdiv(rows, 16) * 8', 'columns', 'first_row // 2')}",
+        "place += 8 * group * columns + column",
     ]
-    lines += [
-        f"store(place + (8 * group + {i // 2}) * columns, "
-        f"({element('code', i)} + 16 * {element('code', i + 1)}).to(tl.uint8), inside, EVEN)"
-        for i in range(0, BLOCK, 2)
-    ]
+    lines += _line_by_line(
+        [
+            f"store(place, ({element('code', i)} + 16 * {element('code', i + 1)}).to(tl.uint8), inside, EVEN)"
+            for i in range(0, BLOCK, 2)
+        ]
+    )
     lines += [
         f"place = {_out(f'scales{place}', 'tl.cdiv(rows, 16)', 'columns', 'first_row // 16')} + column",
         "store(place + group * columns, scale.to(tl.uint8), inside, EVEN)",

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from nvfp4c.codegen import cached_weight, operations
-from nvfp4c.codegen.background import compile_ahead
-from nvfp4c.codegen.launching import Launch
+from nvfp4c.codegen.launching import Launch, compile_ahead
 from nvfp4c.dialect import DEQUANTIZE, PRODUCT, REGION, WEIGHT, arguments, numbers
 from nvfp4c.region import Region
 

@@ -1,27 +1,26 @@
 """Launching a Triton kernel again and again: asking Triton each time which compiled form fits would take long.
 
-A kernel may be compiled ahead, in the background (see `background`); its first launch waits for what is under way.
+A kernel may be compiled ahead, in the background; the first launch waits for what is still under way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 LOAD_BYTES = 16
 """The most that one thread loads at once, so what addresses are asked to be multiples of."""
-
-under_way: dict[Any, list[Future[None]]] = {}
-"""Compiling of kernels that has been started and not yet waited for."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +51,46 @@ class Launch:
             if found is not None:
                 found[grid](*tensors, *self.numbers, *self.constants.values())
                 return
-            for compiling in under_way.pop(self.kernel, ()):
+            for compiling in _under_way.pop(self.kernel, ()):
                 compiling.exception()  # waits; what went wrong there goes wrong here again
-            found = self.kernel[grid](*tensors, *self.numbers, **self.keywords)
+            found = self.kernel[grid](*tensors, *self.numbers, **self.constants, **self._options)
             if not INTERPRETED:
                 self.compiled[aligned] = found
 
     @property
-    def keywords(self) -> dict[str, Any]:
-        """Constants, and options of the compiler."""
-        return {**self.constants, "num_warps": self.warps, "enable_fp_fusion": False}
+    def _options(self) -> dict[str, Any]:
+        return {"num_warps": self.warps, "enable_fp_fusion": False}
 
     def warm_up(self) -> None:
         """Compile it for aligned tensors, and load it on the current GPU, where that has not been done."""
-        compiled = self.kernel.warmup(*self.types, *self.numbers, **self.keywords, grid=(self.programs,))
+        arguments = *self.types, *self.numbers
+        compiled = self.kernel.warmup(*arguments, **self.constants, **self._options, grid=(self.programs,))
         compiled.run  # noqa: B018  (reading it loads the kernel, and has a C compiler build what launches it)
+
+
+def compile_ahead(launches: Sequence[Launch], device: torch.device) -> None:
+    """Start to compile all of them in the background; those of one kernel in turn, for most are alike."""
+    by_kernel: dict[Any, list[Launch]] = {}
+    for launch in launches:
+        by_kernel.setdefault(launch.kernel, []).append(launch)
+    for kernel, alike in by_kernel.items():
+        _under_way.setdefault(kernel, []).append(_pool().submit(_warm_up, alike, device))
+
+
+def _warm_up(launches: Sequence[Launch], device: torch.device) -> None:
+    with torch.cuda.device(device):  # of this thread
+        for launch in launches:
+            launch.warm_up()
+
+
+_under_way: dict[Any, list[Future[None]]] = {}
+"""Compiling of kernels that has been started and not yet waited for."""
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """Threads, for nearly all of Triton's compiling is done outside of Python. As many as Inductor compiles with."""
+    return ThreadPoolExecutor(inductor_config.compile_threads, thread_name_prefix="nvfp4c-compile")
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,16 +11,8 @@ import torch
 
 pytest.importorskip("triton", reason="no triton for this system")
 
-from torch._inductor import config as inductor_config
-from torch._inductor.async_compile import AsyncCompile
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-
-from nvfp4c.codegen import background, kernels, launching, operations
-from nvfp4c.codegen.background import compile_ahead
-from nvfp4c.codegen.launching import Launch
-from nvfp4c.region import Form, Output, Region
+from nvfp4c.codegen import launching
+from nvfp4c.codegen.launching import Launch, compile_ahead
 
 DEVICE = torch.device("cuda", 0)
 
@@ -72,19 +61,13 @@ def launch_of(kernel: Kernel, *numbers: int) -> Launch:
 def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(launching, "INTERPRETED", False)
-    launching.under_way.clear()
-
-
-@pytest.fixture
-def _only_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(AsyncCompile, "use_process_pool", lambda: False)
+    monkeypatch.setattr(launching, "_under_way", {})
 
 
 def kinds(kernel: Kernel) -> list[str]:
     return [kind for kind, _ in kernel.calls]
 
 
-@pytest.mark.usefixtures("_only_threads")
 def test_a_launch_waits_for_its_kernel() -> None:
     gate = threading.Event()
     kernel = Kernel(gate)
@@ -99,7 +82,6 @@ def test_a_launch_waits_for_its_kernel() -> None:
     assert kernel.calls[0][1] == (torch.float32, 16)
 
 
-@pytest.mark.usefixtures("_only_threads")
 def test_another_kernel_is_not_waited_for() -> None:
     gate = threading.Event()
     slow, quick = Kernel(gate), Kernel()
@@ -109,7 +91,6 @@ def test_another_kernel_is_not_waited_for() -> None:
     gate.set()
 
 
-@pytest.mark.usefixtures("_only_threads")
 def test_forms_of_one_kernel_compile_in_turn_and_kernels_side_by_side() -> None:
     """Most forms of a kernel are alike, so the first one compiled serves the others."""
     gate = threading.Event()
@@ -122,7 +103,6 @@ def test_forms_of_one_kernel_compile_in_turn_and_kernels_side_by_side() -> None:
         assert [arguments[-1] for _, arguments in kernel.calls[:3]] == [0, 1, 2]
 
 
-@pytest.mark.usefixtures("_only_threads")
 def test_what_does_not_compile_fails_where_it_is_launched() -> None:
     """The launch compiles it once more, and so says why itself."""
     kernel = Kernel(broken=True)
@@ -131,65 +111,8 @@ def test_what_does_not_compile_fails_where_it_is_launched() -> None:
     assert kinds(kernel) == ["compiled", "launched"]
 
 
-@pytest.mark.usefixtures("_only_threads")
 def test_nothing_is_kept_of_what_was_waited_for() -> None:
     kernel = Kernel()
     compile_ahead([launch_of(kernel)], DEVICE)
     launch_of(kernel)((torch.ones(4),))
-    assert kernel not in launching.under_way
-
-
-HOPPER = GPUTarget("cuda", 90, 32)
-LAYOUT = ((64, 256), (256, 1), torch.bfloat16)
-
-
-def launch_of_a_region() -> Launch:
-    amax = Region((Output(Form.AMAX), Output(Form.AMAX, signs=tuple([1, -1] * 8))))
-    return operations.prepare(amax, [LAYOUT], DEVICE, capability=(9, 0)).launch
-
-
-def launch_of_a_kernel() -> Launch:
-    return operations.unpacking((64, 256), False, DEVICE)
-
-
-@pytest.fixture
-def _hopper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As if there were a GPU, until something is loaded on it; with an empty cache of Triton."""
-    assert not kernels.unpack_rows.device_caches and not operations.INTERPRETED
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    with background._driver(HOPPER):
-        yield
-    kernels.unpack_rows.device_caches.clear()
-
-
-@pytest.mark.usefixtures("_hopper")
-@pytest.mark.parametrize("launch_of", [launch_of_a_region, launch_of_a_kernel])
-def test_another_process_compiles(launch_of: Callable[[], Launch]) -> None:
-    """What it leaves in Triton's cache is what a launch asks for: the names that both give it agree."""
-    launch = launch_of()
-    found: list[bool] = []
-    with inductor_config.patch(compile_threads=2), knobs.compilation.scope():
-        AsyncCompile.wait_pool_ready()
-        assert background._submit(launch, DEVICE).result(120) is None
-        knobs.compilation.listener = lambda *, cache_hit, **_: found.append(cache_hit)
-        launch.kernel.warmup(*launch.types, *launch.numbers, **launch.keywords, grid=(1,))
-    assert found == [True]
-
-
-@pytest.mark.usefixtures("_hopper")
-def test_compiling_here_leaves_the_driver_alone(tmp_path: Path) -> None:
-    before = driver._active
-    background.compile_here(background.Work.of(launch_of_a_kernel(), HOPPER))
-    assert driver._active is before and list(tmp_path.rglob("*.cubin"))
-
-
-def test_a_process_that_fails_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """The launch is compiled here instead."""
-    failed: Future[None] = Future()
-    failed.set_exception(ValueError("no room"))
-    monkeypatch.setattr(AsyncCompile, "use_process_pool", lambda: True)
-    monkeypatch.setattr(background, "_submit", lambda launch, device: failed)
-    kernel = Kernel()
-    compile_ahead([launch_of(kernel)], DEVICE)
-    launch_of(kernel)((torch.ones(4),))
-    assert kinds(kernel) == ["compiled", "launched"] and "no room" in caplog.text
+    assert kernel not in launching._under_way
