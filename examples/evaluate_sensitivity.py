@@ -29,10 +29,10 @@ from nvfp4c.cli.bench import progress
 from nvfp4c.sensitivity.analysis import Candidate, Key
 from nvfp4c.sensitivity.analyze import Loss, Settings, forward_matmuls, rise, rivals, verified
 from nvfp4c.sensitivity.budgets import Budget
+from nvfp4c.sensitivity.intervals import mean_and_interval
 from nvfp4c.sensitivity.measure import everywhere, measure
 from nvfp4c.sensitivity.measurements import Measurements, load, merged
 from nvfp4c.sensitivity.problem import Problem
-from nvfp4c.sensitivity.report import mean_and_interval
 from nvfp4c.sensitivity.score import scores
 from nvfp4c.sensitivity.solve import solve
 from nvfp4c.sensitivity.switched import SwitchedModel

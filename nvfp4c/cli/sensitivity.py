@@ -66,6 +66,10 @@ def sensitivity(
     whole_blocks: Annotated[
         bool, typer.Option("--whole-blocks", help="All layers of a block are decided together.")
     ] = False,
+    pairs: Annotated[
+        bool,
+        typer.Option(help="Run blocks whole to see whether scores add up, and pairs of layers where they do not."),
+    ] = True,
     seed: Annotated[int, typer.Option(help="Of stochastic rounding and of random plans.")] = 0,
     out: Annotated[
         Path | None,
@@ -91,6 +95,7 @@ def sensitivity(
         constraints=Constraints(must, shared_input, whole_blocks),
         method=method,
         seed=seed,
+        pairs=pairs,
     )
     loaded = _task(task, hf, text or [], batches, seed)
     with progress() as watch:
@@ -154,7 +159,7 @@ def ranking(analysis: Analysis) -> Table:
 
 def plans_table(analysis: Analysis) -> Table:
     """The chosen plan and its rivals, predicted and measured."""
-    from nvfp4c.sensitivity.report import mean_and_interval
+    from nvfp4c.sensitivity.intervals import mean_and_interval
 
     table = Table(
         title="Plans, and what they do to the loss", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
@@ -183,6 +188,16 @@ def summary(analysis: Analysis) -> list[str]:
     lines = [f"Loss in high precision {found.loss:.4g}, mean of {found.batches} batches."]
     everything = found.provenance["rise_with_everything_in_fp4"]
     lines.append(f"With every forward matmul in FP4 it rises by {everything:+.2e} on the same batches.")
+    if analysis.together:
+        apart = [f"{one.block.removesuffix('.')} ({one.excess:+.1e})" for one in analysis.together if not one.adds_up]
+        lines.append(
+            f"Of {len(analysis.together)} blocks run whole, the rise is the sum of scores, within its 95% interval, in "
+            f"{len(analysis.together) - len(apart)}{': not in ' + ', '.join(apart) if apart else ''}."
+        )
+    if analysis.pairs:
+        lines.append(
+            f"There {len(analysis.pairs)} pairs of matmuls were measured; the plan counts what they do together."
+        )
     left = [site.site for site in found.sites if site.obstacle]
     if left:
         lines.append(f"Not measured, so left in BF16: {', '.join(left[:5])}{', ...' if len(left) > 5 else ''}.")

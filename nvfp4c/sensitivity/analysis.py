@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 from nvfp4c.errors import DataError
+from nvfp4c.sensitivity.intervals import mean_and_interval
 from nvfp4c.sensitivity.measurements import Measurements
 
 Key = tuple[str, str]
@@ -17,6 +19,9 @@ Key = tuple[str, str]
 
 Scores = Mapping[Key, float]
 """By how much the loss is predicted to rise when this role of this site runs in FP4, in units of the loss."""
+
+PairTerms = Mapping[tuple[Key, Key], float]
+"""By how much more than the sum of their scores the loss rises when both run in FP4; may be negative."""
 
 KINDS = ("solved", "paper", "weights", "random")
 
@@ -41,13 +46,36 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Together:
+    """A block run with all its forward matmuls in FP4. predicted: the sum of their scores. measured: rise of the loss
+    of each batch that the scores are of."""
+
+    block: str
+    keys: tuple[Key, ...]
+    predicted: float
+    measured: tuple[float, ...]
+
+    @property
+    def excess(self) -> float:
+        """By how much the loss rises beyond the sum of scores, mean over batches."""
+        return fmean(self.measured) - self.predicted
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether the sum of scores lies in the 95% interval of what was measured, or nothing is known of that."""
+        _, half = mean_and_interval(self.measured)
+        return not abs(self.excess) > half
+
+
+@dataclass(frozen=True)
 class Analysis:
     """candidates: the solved ones are the curve over budgets. chosen: the name of the one that plan.json holds.
 
     budget_unit: what a budget is: "operations" (share of them in high precision), "bits" (mean bits of a weight), or
     "speed" (of a step, over all in high precision) on `target`. Where they were measured, of each one: single, the
     rise of the loss with it alone in FP4; all_but, with everything but it; cosine, of the angle between the parameters'
-    gradients with it alone in FP4 and without.
+    gradients with it alone in FP4 and without. together: blocks run whole, to see whether scores add up. pairs: by how
+    much the loss rises with both in FP4 beyond the sum of what it rises with each, where that was measured.
     """
 
     measurements: Measurements
@@ -59,6 +87,8 @@ class Analysis:
     single: Scores = field(default_factory=dict)
     all_but: Scores = field(default_factory=dict)
     cosine: Scores = field(default_factory=dict)
+    together: tuple[Together, ...] = ()
+    pairs: PairTerms = field(default_factory=dict)
 
     @property
     def plan(self) -> Candidate:
@@ -76,6 +106,8 @@ class Analysis:
             "single": nested(self.single),
             "all_but": nested(self.all_but),
             "cosine": nested(self.cosine),
+            "together": [{**asdict(one), "adds_up": one.adds_up} for one in self.together],
+            "pairs": [{"pair": pair, "rise": rise} for pair, rise in self.pairs.items()],
             "candidates": [asdict(candidate) for candidate in self.candidates],
             "chosen": self.chosen,
             "budget_unit": self.budget_unit,

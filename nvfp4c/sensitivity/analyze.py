@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +21,7 @@ from nvfp4c.files import write_text
 from nvfp4c.plan import PrecisionPlan
 from nvfp4c.recipe import Recipe
 from nvfp4c.sensitivity import baselines, report
-from nvfp4c.sensitivity.analysis import Analysis, Candidate, Key, Scores
+from nvfp4c.sensitivity.analysis import Analysis, Candidate, Key, PairTerms, Scores, Together
 from nvfp4c.sensitivity.budgets import PAPER_SHARE, Budget
 from nvfp4c.sensitivity.constraints import UNCONSTRAINED, Constraints
 from nvfp4c.sensitivity.measure import check_batches, everywhere, measure
@@ -29,6 +31,7 @@ from nvfp4c.sensitivity.problem import Problem
 from nvfp4c.sensitivity.score import scores
 from nvfp4c.sensitivity.solve import curve, solve
 from nvfp4c.sensitivity.switched import SwitchedModel
+from nvfp4c.sensitivity.together import pair_terms, together
 from nvfp4c.tasks import Task
 from nvfp4c.watch import Watch, unwatched
 
@@ -48,7 +51,8 @@ CURVES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """method: "probe", or "ablate": see `ablate`. random: how many random plans there are beside the others."""
+    """method: "probe", or "ablate": see `ablate`. random: how many random plans there are beside the others. pairs:
+    whether blocks are run whole to see if scores add up, and pairs of matmuls where they do not."""
 
     recipe: Recipe = recipes.RECIPES[recipes.DEFAULT_RECIPE]
     budget: Budget = field(default_factory=lambda: Budget(PAPER_SHARE))
@@ -56,6 +60,7 @@ class Settings:
     method: str = "probe"
     seed: int = 0
     random: int = 3
+    pairs: bool = True
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -86,7 +91,16 @@ def analyze(
     more = {"method": settings.method, "held_out": len(held_out), "rise_with_everything_in_fp4": everything}
     found = replace(found, provenance={**found.provenance, **more})
     ablation = ablate(switched, found, batches, plain, loss, watch) if settings.method == "ablate" else Ablation()
-    problem = Problem(found, {**scores(found, everything), **ablation.single}, settings.budget, settings.constraints)
+    scored = {**scores(found, everything), **ablation.single}
+    checked: tuple[Together, ...] = ()
+    pairs: PairTerms = {}
+    if settings.pairs:
+        rises = partial(_rises, switched, batches, plain, loss)
+        checked = together(scored, rises, watch)
+        pairs = pair_terms(checked, scored, rises, watch)
+        if pairs:
+            scored = {**scores(found, everything - math.fsum(pairs.values())), **ablation.single}
+    problem = Problem(found, scored, settings.budget, settings.constraints, pairs)
     chosen = solve(problem)
     plans = [chosen, *rivals(problem, settings)]
     if held_out:
@@ -103,7 +117,15 @@ def analyze(
         single=ablation.single,
         all_but=ablation.all_but,
         cosine=ablation.cosine,
+        together=checked,
+        pairs=pairs,
     )
+
+
+def _rises(
+    switched: SwitchedModel, batches: Sequence[Any], plain: Sequence[float], loss: Loss, fp4: Iterable[Key]
+) -> tuple[float, ...]:
+    return rise(switched.losses(fp4, batches, loss), plain)
 
 
 def rivals(problem: Problem, settings: Settings) -> tuple[Candidate, ...]:

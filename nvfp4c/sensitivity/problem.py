@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from nvfp4c.errors import BudgetError, DataError
 from nvfp4c.sensitivity import budgets, constraints
-from nvfp4c.sensitivity.analysis import Candidate, Key, Scores
+from nvfp4c.sensitivity.analysis import Candidate, Key, PairTerms, Scores
 from nvfp4c.sensitivity.budgets import Budget, Costs
 from nvfp4c.sensitivity.constraints import UNCONSTRAINED, Constraints, Group
 from nvfp4c.sensitivity.measurements import Measurements
-
-PairTerms = Mapping[tuple[Key, Key], float]
-"""By how much more than the sum of their scores the loss rises when both run in FP4; may be negative."""
 
 SLACK = 1e-9
 """By how much a budget may be exceeded: sums of shares are rounded, and a budget that is just met counts as met."""

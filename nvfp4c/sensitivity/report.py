@@ -13,22 +13,25 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from statistics import fmean, stdev
 from string import Template
 from typing import Any
 
 from plotly.offline import get_plotlyjs
-from scipy.special import stdtrit
 
 from nvfp4c.files import write_text
 from nvfp4c.page import facts, script_json
 from nvfp4c.recipe import ROLES
 from nvfp4c.sensitivity.analysis import Analysis, Candidate, Key
+from nvfp4c.sensitivity.intervals import CONFIDENCE, mean_and_interval
 from nvfp4c.sensitivity.measurements import OperandMeasure, RoleMeasure, SiteMeasure
 
-CONFIDENCE = 0.95
-
 SCRIPTS = ("report.js", "report_layers.js")
+
+TOGETHER = (
+    "A plan is worth the sum of the scores of what it runs in FP4. These blocks were run with all their forward "
+    "matmuls in FP4, on the batches that the scores are of: the mean, with its 95% interval. In the worst of those "
+    "whose rise is not the sum, every two matmuls were run together, and the plan counts what they do beyond each alone."
+)
 
 KIND_WORDS = {
     "solved": "solved for its budget",
@@ -54,6 +57,7 @@ def render(analysis: Analysis) -> str:
         verdict=html.escape(verdict(analysis)),
         head=facts(_head(analysis)),
         obstacles=_obstacles(analysis.measurements.sites),
+        together=_together(analysis),
     )
 
 
@@ -110,14 +114,6 @@ def plan_sentences(candidate: Candidate, analysis: Analysis) -> list[str]:
             f"Measured rise: {mean:+.3g}{spread} loss units ({known}, {_counted(count, 'held-out batch')})."
         )
     return sentences
-
-
-def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95% interval by Student's t; NaN where there are too few values."""
-    if len(values) < 2 or not all(math.isfinite(value) for value in values):
-        return (fmean(values) if values else math.nan), math.nan
-    quantile = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))
-    return fmean(values), quantile * stdev(values) / math.sqrt(len(values))
 
 
 def _lines(sites: Sequence[SiteMeasure]) -> list[str]:
@@ -240,6 +236,32 @@ def _obstacles(sites: Sequence[SiteMeasure]) -> str:
         return ""
     opening = f"<p>{_counted(len(named), 'layer')} cannot run in FP4 whatever the plan:</p>"
     return f"{opening}<dl>{facts(named)}</dl>"
+
+
+def _together(analysis: Analysis) -> str:
+    """Blocks run whole against the sums of scores, and the pairs that were measured; nothing where none was."""
+    if not analysis.together:
+        return ""
+    rows = []
+    for one in analysis.together:
+        mean, half = mean_and_interval(one.measured)
+        spread = f" ± {half:.2g}" if math.isfinite(half) else ""
+        verdict = "yes" if one.adds_up else f"no, {one.excess:+.2g} beyond it"
+        rows.append((one.block.removesuffix("."), f"{one.predicted:+.3g}", f"{mean:+.3g}{spread}", verdict))
+    table = _table(("block", "sum of scores, loss units", "measured rise, loss units", "adds up"), rows)
+    page = f"<h2>Do the scores add up?</h2><p>{TOGETHER}</p>{table}"
+    if analysis.pairs:
+        pairs = sorted(analysis.pairs.items(), key=lambda item: -abs(item[1]))
+        named = [(first[0], second[0], f"{rise:+.3g}") for (first, second), rise in pairs]
+        table = _table(("fprop of", "and of", "beyond the sum, loss units"), named)
+        page += f"<p>What two forward matmuls do together beyond each alone:</p>{table}"
+    return page
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    top = "".join(f'<th scope="col">{html.escape(head)}</th>' for head in heads)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table class="still"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _share(part: float, whole: float) -> float:

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from nvfp4c import plan as plans
 from nvfp4c.cli import USER_ERROR, app
 from nvfp4c.errors import BudgetError, DataError, OptionError
-from nvfp4c.sensitivity.analysis import Analysis
+from nvfp4c.sensitivity import report
+from nvfp4c.sensitivity.analysis import Analysis, Together
 from nvfp4c.sensitivity.analyze import Settings, analyze, data_of, plan_of
 from nvfp4c.sensitivity.budgets import Budget
 from nvfp4c.sensitivity.measure import everywhere
@@ -143,6 +144,32 @@ def test_scores_add_up_to_what_was_measured(found: Analysis) -> None:
     assert found.scores == scores(found.measurements, everything)
 
 
+def test_blocks_are_run_whole(model: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where scores do not add up, pairs are measured, and everything in FP4 is what scores and pairs say together."""
+    monkeypatch.setattr(Together, "adds_up", property(lambda one: one.block != "blocks.2."))
+    data = batches(2, 1)
+    found = analyze(model, data, loss, (), Settings(budget=Budget(0.2)))
+    switched = SwitchedModel(model, everywhere("nvfp4"))
+    plain = switched.losses((), data, loss)
+
+    def rises(*names: str) -> list[float]:
+        fp4 = [(name, "fprop") for name in names]
+        return [one - other for one, other in zip(switched.losses(fp4, data, loss), plain, strict=True)]
+
+    assert [one.block for one in found.together] == [f"blocks.{block}." for block in range(5)]
+    for block, one in enumerate(found.together):
+        assert one.measured == pytest.approx(rises(f"blocks.{block}.up", f"blocks.{block}.down"))
+    (((first, second), term),) = found.pairs.items()
+    assert {first[0], second[0]} == {"blocks.2.up", "blocks.2.down"}
+    alone = zip(rises(first[0], second[0]), rises(first[0]), rises(second[0]), strict=True)
+    assert abs(term) <= abs(sum(both - one - other for both, one, other in alone)) / 2 + 1e-9, "damped, never more"
+    everything = found.measurements.provenance["rise_with_everything_in_fp4"]
+    assert found.scores == scores(found.measurements, everything - term)
+    assert found.to_dict()["pairs"] == [{"pair": (first, second), "rise": term}]
+    page = report.render(found)
+    assert "Do the scores add up?" in page and "What two forward matmuls do together" in page
+
+
 def test_ablation_measures_one_at_a_time(model: Net) -> None:
     data = batches(2, 1)
     found = analyze(model, data, loss, (), Settings(method="ablate", budget=Budget(0.2)))
@@ -171,9 +198,9 @@ def test_another_budget_needs_no_new_measurement(model: Net, tmp_path: Path) -> 
         calls += 1
         return loss(model, batch)
 
-    first = analyze(model, batches(3, 1), counted, (), Settings(budget=Budget(0.2)), tmp_path)
+    first = analyze(model, batches(3, 1), counted, (), Settings(budget=Budget(0.2), pairs=False), tmp_path)
     assert calls == 3 + 6, "the probe, and everything in FP4 beside nothing"
-    second = analyze(model, batches(3, 1), counted, (), Settings(budget=Budget(0.5)), tmp_path)
+    second = analyze(model, batches(3, 1), counted, (), Settings(budget=Budget(0.5), pairs=False), tmp_path)
     assert calls == 3 + 6 + 6
     assert first.scores == second.scores and first.chosen != second.chosen
 

@@ -20,6 +20,7 @@ from plotly.offline import get_plotlyjs
 from nvfp4c.errors import DataError
 from nvfp4c.sensitivity import report
 from nvfp4c.sensitivity.analysis import Analysis
+from nvfp4c.sensitivity.intervals import mean_and_interval
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +118,11 @@ def test_what_is_not_finite_is_null(analysis):
 
 def test_the_interval_is_students():
     # scipy.stats.t.interval(0.95, 2, loc=2, scale=1 / sqrt(3)) is 2 -+ 2.4841377.
-    assert report.mean_and_interval((1.0, 2.0, 3.0)) == pytest.approx((2.0, 2.4841377), rel=1e-7)
-    mean, half = report.mean_and_interval((1.5,))
+    assert mean_and_interval((1.0, 2.0, 3.0)) == pytest.approx((2.0, 2.4841377), rel=1e-7)
+    mean, half = mean_and_interval((1.5,))
     assert mean == 1.5
     assert math.isnan(half)
-    assert all(map(math.isnan, report.mean_and_interval(())))
+    assert all(map(math.isnan, mean_and_interval(())))
 
 
 @pytest.mark.parametrize(
