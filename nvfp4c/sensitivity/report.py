@@ -30,7 +30,7 @@ SCRIPTS = ("report.js", "report_layers.js")
 TOGETHER = (
     "A plan is worth the sum of the scores of what it runs in FP4. These blocks were run with all their forward "
     "matmuls in FP4, on the batches that the scores are of: the mean, with its 95% interval. In the worst of those "
-    "whose rise is not the sum, every two matmuls were run together, and the plan counts what they do beyond each alone."
+    "whose rise is not the sum, every two matmuls were run together, and the plan counts what they do beyond either."
 )
 
 KIND_WORDS = {
