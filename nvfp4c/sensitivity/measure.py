@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import io
 import json
 import math
 import pickle
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,8 @@ from nvfp4c.sensitivity.measurements import Measurements, merged
 from nvfp4c.sensitivity.probe import Probe
 from nvfp4c.sensitivity.state import as_it_was, draw_from
 from nvfp4c.watch import Watch, unwatched
+
+TORCH = Path(torch.__file__).parent
 
 
 def everywhere(recipe: str | Recipe) -> Recipe:
@@ -59,7 +64,7 @@ def measure(
     check_batches(batches)
     model = uncompiled(model)
     chosen = everywhere(recipe)
-    provenance = provenance_of(model, batches, chosen, seed)
+    provenance = {**provenance_of(model, batches, chosen, seed), "code_hash": code_hash(model, loss)}
     probe = Probe(seed)
     watched = observed(model, chosen, probe)
     parts = []
@@ -153,6 +158,19 @@ def provenance_of(model: nn.Module, batches: Sequence[Any], recipe: Recipe, seed
             "python": platform.python_version(),
         },
     }
+
+
+def code_hash(model: nn.Module, loss: Callable[[Any, Any], Tensor]) -> str:
+    """A hash of the files that the modules of a model and its loss are written in, but for torch's own: parts
+    of a measurement are not used again once they are changed. What those files import is not looked at."""
+    called = loss.func if isinstance(loss, partial) else loss
+    written = {type(module).forward for module in model.modules()}
+    found = set()
+    for one in (*written, called if inspect.isroutine(called) else type(called).__call__):
+        with suppress(TypeError):  # written in C
+            found.add(inspect.getfile(inspect.unwrap(one)))
+    files = sorted(path for path in map(Path, found) if path.is_file() and not path.is_relative_to(TORCH))
+    return digest([path.read_bytes() for path in files])
 
 
 def digest(values: Sequence[Any]) -> str:

@@ -155,6 +155,8 @@ def _matmul(place: int, role: RoleMeasure, analysis: Analysis, key: Key, total: 
         "share": _share(role.operations, total),
         "score": analysis.scores.get(key),
         "single": analysis.single.get(key),
+        "saves": _saves(analysis, key),
+        "angle": _angle(analysis.cosine.get(key)),
         "snr": role.snr_db,
         "error": role.relative_error,
         "bias": role.bias,
@@ -166,6 +168,17 @@ def _matmul(place: int, role: RoleMeasure, analysis: Analysis, key: Key, total: 
         "samples": role.samples,
         "operands": [_operand(operand) for operand in role.operands],
     }
+
+
+def _saves(analysis: Analysis, key: Key) -> float | None:
+    """How much less the loss rises with everything in FP4 but this matmul, than with everything."""
+    everything = analysis.measurements.provenance.get("rise_with_everything_in_fp4")
+    return everything - analysis.all_but[key] if key in analysis.all_but and everything is not None else None
+
+
+def _angle(cosine: float | None) -> float | None:
+    """In degrees. Sums of equal numbers may give a cosine just above 1."""
+    return None if cosine is None else math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
 
 
 def _operand(operand: OperandMeasure) -> dict[str, Any]:

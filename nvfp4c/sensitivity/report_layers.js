@@ -9,7 +9,9 @@ const COLUMNS = [
   { title: "role", unit: "name", value: matmul => matmul.role, text: true },
   { title: "in the plan", unit: "precision", value: matmul => precision(matmul.place), text: true },
   { title: "score", unit: "loss units", value: matmul => matmul.score },
-  { title: "alone", unit: "loss units", value: matmul => matmul.single },
+  { title: "alone", unit: "loss units", value: matmul => matmul.single, ablation: true },
+  { title: "saves", unit: "loss units", value: matmul => matmul.saves, ablation: true },
+  { title: "angle", unit: "degrees", value: matmul => matmul.angle, ablation: true },
   { title: "share", unit: "%", value: matmul => matmul.share, scale: 100 },
   { title: "SNR", unit: "dB", value: matmul => matmul.snr },
   { title: "relative error", unit: "%", value: matmul => matmul.error, scale: 100 },
@@ -18,7 +20,7 @@ const COLUMNS = [
   { title: "kurtosis", unit: "ratio", value: worst("kurtosis") },
   { title: "vanished", unit: "%", value: worst("vanished"), scale: 100 },
   { title: "clipped", unit: "%", value: worst("saturated"), scale: 100 },
-].filter(column => column.title !== "alone" || matmuls.some(matmul => known(matmul.single)));
+].filter(column => !column.ablation || matmuls.some(matmul => known(column.value(matmul))));
 const PRECISION = 2;
 
 let tableRows = [];
@@ -100,6 +102,8 @@ function matmulWords(matmul) {
     `Predicted rise of the loss: ${number(matmul.score, "loss units")}.`,
   ];
   if (known(matmul.single)) sentences.push(`Measured with this matmul alone in FP4: ${number(matmul.single, "loss units")}.`);
+  if (known(matmul.saves)) sentences.push(`With everything in FP4 but this matmul the loss rises by ${number(matmul.saves, "loss units")} less than with everything.`);
+  if (known(matmul.angle)) sentences.push(`With this matmul alone in FP4 the gradient of all parameters turns by ${number(matmul.angle, "degrees")}.`);
   if (known(matmul.first)) {
     const error = known(matmul.first_error) ? ` ± ${number(matmul.first_error)}` : "";
     sentences.push(`Change of the loss to first order: ${number(matmul.first)}${error} loss units${error && " (mean and its standard error)"}.`);

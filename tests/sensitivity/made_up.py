@@ -6,7 +6,7 @@ import math
 import random
 from dataclasses import replace
 
-from nvfp4c.sensitivity.analysis import Analysis, Candidate, Key
+from nvfp4c.sensitivity.analysis import Analysis, Candidate, Key, Together
 from nvfp4c.sensitivity.measurements import OCTAVES, Measurements, OperandMeasure, RoleMeasure, SiteMeasure
 
 PROJECTIONS = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp.up_proj", "mlp.down_proj")
@@ -126,4 +126,16 @@ def with_evil(analysis: Analysis) -> Analysis:
     scores[second.site, "fprop"] = math.nan
     candidates = [replace(one, bf16=tuple(key for key in one.bf16 if key in scores)) for one in analysis.candidates]
     candidates.append(Candidate(EVIL, "random", (), 0.15, 0.0, math.inf, (1.0, math.nan)))
-    return Analysis(measurements, scores, tuple(candidates), EVIL, "speed", EVIL, {(renamed.site, "fprop"): math.inf})
+    key = (renamed.site, "fprop")
+    return Analysis(
+        measurements,
+        scores,
+        tuple(candidates),
+        EVIL,
+        "speed",
+        EVIL,
+        single={key: math.inf},
+        cosine={key: math.nan},
+        together=(Together(EVIL, (key,), math.nan, (math.inf, 1.0)),),
+        pairs={(key, key): math.nan},
+    )

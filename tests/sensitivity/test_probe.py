@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import runpy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from nvfp4c import numerics, recipe
 from nvfp4c.errors import DataError
 from nvfp4c.formats import DEFAULT_SIGNS, ROW_BLOCK, TILE_BLOCK
 from nvfp4c.sensitivity import measurements
-from nvfp4c.sensitivity.measure import everywhere, measure
+from nvfp4c.sensitivity.measure import code_hash, everywhere, measure
 from nvfp4c.sensitivity.measurements import Measurements, merged
 from nvfp4c.sensitivity.switched import SwitchedModel
 
@@ -204,6 +206,39 @@ def test_an_interrupted_run_goes_on(model: Net, batches: list[Tensor], tmp_path:
     assert found == measure(model, batches, loss)
     measure(model, batches, counted, "nvfp4-forward", folder=tmp_path)
     assert runs == 7
+
+
+def test_code_that_was_changed_is_measured_again(tmp_path: Path) -> None:
+    """The file of the model's class, or of the loss: no matter whether its functions are the same."""
+    text = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(32, 48)
+
+    def forward(self, x):
+        return self.a(x)
+
+def loss(model, batch):
+    return model(batch).square().mean()
+
+class Loss:
+    def __call__(self, model, batch):
+        return loss(model, batch)
+"""
+    hashes = []
+    for name, more in (("one.py", ""), ("two.py", ""), ("three.py", "# changed")):
+        (tmp_path / name).write_text(text + more)
+        space = runpy.run_path(str(tmp_path / name))
+        hashes.append(code_hash(space["Net"](), loss))
+        hashes.append(code_hash(nn.Linear(32, 48), space["loss"]))
+        hashes.append(code_hash(nn.Linear(32, 48), partial(space["loss"], nn.Identity())))
+        hashes.append(code_hash(nn.Linear(32, 48), space["Loss"]()))
+    assert hashes[:4] == hashes[4:8]
+    assert all(one != other for one, other in zip(hashes[4:8], hashes[8:], strict=True))
+    assert len(set(hashes[1:4])) == 1, "torch's own modules are not among the files"
 
 
 def test_measurements_survive_a_file(model: Net, batches: list[Tensor], tmp_path: Path) -> None:

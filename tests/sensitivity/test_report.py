@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 
 from nvfp4c.errors import DataError
 from nvfp4c.sensitivity import report
-from nvfp4c.sensitivity.analysis import Analysis
+from nvfp4c.sensitivity.analysis import Analysis, Together
 from nvfp4c.sensitivity.intervals import mean_and_interval
 
 
@@ -165,6 +165,36 @@ def test_an_analysis_without_its_plan_is_refused(analysis, tmp_path):
     with pytest.raises(DataError, match="chose the plan 'gone' but does not hold it"):
         report.write(replace(analysis, chosen="gone"), tmp_path / "report.html")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_ablation_measured(analysis):
+    """Nothing of it where there was none; a gradient that points the other way turned by 180 degrees."""
+    keys = list(analysis.scores)
+    provenance = {**analysis.measurements.provenance, "rise_with_everything_in_fp4": 0.5}
+    ablated = replace(
+        analysis,
+        measurements=replace(analysis.measurements, provenance=provenance),
+        all_but={keys[0]: 0.375},
+        cosine={keys[0]: 0.5, keys[1]: 1.0 + 1e-7, keys[2]: -1.0},
+    )
+    found = report.page_data(ablated)["matmuls"]
+    assert [one["saves"] for one in found[:2]] == [0.125, None]
+    assert [one["angle"] for one in found[:4]] == [pytest.approx(60), 0, 180, None]
+    assert all(one["saves"] is None and one["angle"] is None for one in report.page_data(analysis)["matmuls"])
+
+
+def test_blocks_that_were_run_whole(analysis):
+    first, second = list(analysis.scores)[:2]
+    blocks = (
+        Together("layers.0.", (first, second), 0.5, (0.4, 0.5, 0.6)),
+        Together("layers.1.", (first, second), 0.1, (0.4, 0.5, 0.6)),
+    )
+    page = report.render(replace(analysis, together=blocks, pairs={(first, second): 0.25}))
+    table = "<tr><td>layers.{}</td><td>{}</td><td>+0.5 ± 0.25</td><td>{}</td></tr>"
+    assert table.format(0, "+0.5", "yes") in page
+    assert table.format(1, "+0.1", "no, +0.4 beyond it") in page
+    assert f"<tr><td>{first[0]}</td><td>{second[0]}</td><td>+0.25</td></tr>" in page
+    assert "Do the scores add up?" not in report.render(analysis)
 
 
 HOOKS = """<script>
