@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from nvfp4c.errors import DataError
+from nvfp4c.page import finite
 from nvfp4c.sensitivity.intervals import mean_and_interval
 from nvfp4c.sensitivity.measurements import Measurements
 
@@ -99,8 +100,8 @@ class Analysis:
         raise DataError(f"the analysis chose the plan {self.chosen!r} but does not hold it; solve again")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; scores as site: role: number."""
-        return {
+        """Plain data for JSON; scores as site: role: number, and null for what is not finite."""
+        found = {
             "measurements": self.measurements.to_dict(),
             "scores": nested(self.scores),
             "single": nested(self.single),
@@ -113,6 +114,8 @@ class Analysis:
             "budget_unit": self.budget_unit,
             "target": self.target,
         }
+        plain: dict[str, Any] = finite(found)
+        return plain
 
 
 def nested(scores: Scores) -> dict[str, dict[str, float]]:

@@ -18,6 +18,7 @@ from torch.nn.functional import cosine_similarity
 from nvfp4c import recipe as recipes
 from nvfp4c.errors import DataError, OptionError, nearest
 from nvfp4c.files import write_text
+from nvfp4c.page import finite
 from nvfp4c.plan import PrecisionPlan
 from nvfp4c.recipe import Recipe
 from nvfp4c.sensitivity import baselines, report
@@ -227,7 +228,7 @@ def plan_of(analysis: Analysis) -> PrecisionPlan:
         "predicted_rise": chosen.predicted,
         "measured_rise": None if chosen.measured is None else fmean(chosen.measured),
     }
-    return to_plan(analysis.measurements, chosen.bf16, provenance)
+    return to_plan(analysis.measurements, chosen.bf16, finite(provenance))
 
 
 def write(analysis: Analysis, out: Path) -> None:
