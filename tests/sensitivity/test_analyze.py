@@ -165,7 +165,7 @@ def test_blocks_are_run_whole(model: Net, monkeypatch: pytest.MonkeyPatch) -> No
     assert abs(term) <= abs(sum(both - one - other for both, one, other in alone)) / 2 + 1e-9, "damped, never more"
     everything = found.measurements.provenance["rise_with_everything_in_fp4"]
     assert found.scores == scores(found.measurements, everything - term)
-    assert found.to_dict()["pairs"] == [{"pair": (first, second), "rise": term}]
+    assert found.to_dict()["pairs"] == [{"pair": [list(first), list(second)], "rise": term}]
     page = report.render(found)
     assert "Do the scores add up?" in page and "What two forward matmuls do together" in page
 

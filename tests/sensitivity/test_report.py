@@ -183,6 +183,11 @@ def test_what_an_ablation_measured(analysis):
     assert all(one["saves"] is None and one["angle"] is None for one in report.page_data(analysis)["matmuls"])
 
 
+def test_json_has_null_for_what_is_not_finite(analysis):
+    found = json.loads(json.dumps(with_evil(analysis).to_dict(), allow_nan=False))
+    assert found["candidates"][-1]["measured"] == [1.0, None]
+
+
 def test_blocks_that_were_run_whole(analysis):
     first, second = list(analysis.scores)[:2]
     blocks = (
