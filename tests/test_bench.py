@@ -23,9 +23,10 @@ from nvfp4c.bench.compile_time import CompileTime
 from nvfp4c.bench.fake_quantized import FakeQuantizedLinear, fake_quantized, hadamard_matrix, rotated
 from nvfp4c.bench.kernel_cases import Case, Ceiling
 from nvfp4c.bench.llama import SIZES, Llama
+from nvfp4c.bench.memory import Memory
 from nvfp4c.bench.profiling import top_kernels
 from nvfp4c.bench.timing import Samples, interleaved
-from nvfp4c.bench.train import Measured, Memory, TrainResult
+from nvfp4c.bench.train import Measured, TrainResult
 from nvfp4c.bench.variants import REFERENCE, build_steps, variants
 from nvfp4c.cli import USER_ERROR, app
 from nvfp4c.codegen.targets import TARGETS, kernel_table

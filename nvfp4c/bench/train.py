@@ -12,6 +12,7 @@ import torch
 from nvfp4c.bench import compile_time
 from nvfp4c.bench.compile_time import CompileTime
 from nvfp4c.bench.llama import Size
+from nvfp4c.bench.memory import Memory, on_gpu
 from nvfp4c.bench.profiling import top_kernels
 from nvfp4c.bench.timing import Samples, Watch, clock_for, interleaved
 from nvfp4c.bench.variants import REFERENCE, Step, Variant, build_steps
@@ -25,14 +26,6 @@ STEPS = {"cuda": 10, "cpu": 1}
 """Steps in a row that make one sample, as training makes them. A GPU that is busy all the time runs as fast as its
 power limit lets it; what a single step takes after another kind of step depends on what that one left of the power
 budget, and on how fast the first kernels are launched on an idle GPU."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of a GPU's memory. resident: held before the step. peak: the most held during it, that included."""
-
-    resident: int
-    peak: int
 
 
 @dataclass(frozen=True)
@@ -157,9 +150,4 @@ def memory_of(step: Step) -> Memory:
     """What one step holds on the current GPU: weights that other steps have packed and kept are forgotten before."""
     clear_weight_cache()
     step.prepare()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    resident = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return Memory(resident, torch.cuda.max_memory_allocated())
+    return on_gpu(step)

@@ -15,8 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from nvfp4c.errors import OptionError
+
 if TYPE_CHECKING:
     from nvfp4c.bench.kernels import ShapeResult, Timed
+    from nvfp4c.bench.probe import ProbeResult
     from nvfp4c.bench.record import Record
     from nvfp4c.bench.step_regions import Measured
     from nvfp4c.bench.timing import Watch
@@ -170,6 +173,66 @@ def regions(
     _tell(record, [regions_table(found, sized.name)], as_json, out)
 
 
+@bench.command()
+def probe(
+    task: Annotated[
+        str | None,
+        typer.Argument(
+            help="FILE.py:callable or package.module:callable, which returns (model, batches, loss). "
+            "[default: the quickstart's GPT]"
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Of that GPT: tiny, small, medium or large. [default: small on a CPU, large on a GPU]"),
+    ] = None,
+    rounds: Rounds = None,
+    passes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Passes or steps in a row that make one sample. [default: 5 on a GPU, else 1]"),
+    ] = None,
+    device: Device = "auto",
+    commit: Commit = None,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Time a pass of the sensitivity probe against a plain training step, and compare their peak memory."""
+    from nvfp4c.bench import probe as measurement
+    from nvfp4c.bench.record import Record, about
+    from nvfp4c.quickstart.model import parameter_count, size_named
+    from nvfp4c.quickstart.results import prepared
+    from nvfp4c.quickstart.train import choose_device
+    from nvfp4c.recipe import DEFAULT_RECIPE
+    from nvfp4c.tasks import load_task
+
+    if task is None:
+        device = choose_device(device)
+        loaded = measurement.quickstart_task(size_named(size or DEFAULT_SIZE[device]), device)
+    elif size is not None or device != "auto":
+        raise OptionError("--size and --device are for the quickstart's GPT; a task brings its own model and device")
+    else:
+        loaded = load_task(task)
+        device = measurement.device_of(loaded)
+    rounds, passes = rounds or measurement.ROUNDS[device], passes or measurement.PASSES[device]
+    if out:
+        prepared(out)
+    with progress() as watch:
+        result = measurement.measure(loaded, rounds, passes, watch)
+    record = Record(
+        f"bench-probe-{device}",
+        about(device, _command(), commit),
+        {
+            "model": loaded.name,
+            "parameters": parameter_count(loaded.model),
+            "recipe": DEFAULT_RECIPE,
+            "rounds": rounds,
+            "passes_in_a_row": passes,
+        },
+        result.to_dict(),
+    )
+    _tell(record, [probe_table(result, loaded.name)], as_json, out)
+
+
 @contextmanager
 def progress() -> Iterator[Watch]:
     """A bar on standard error for what is being done; where that is no terminal, a line for each new thing."""
@@ -232,6 +295,25 @@ def train_table(result: TrainResult, title: str) -> Table:
             _times(result.memory_ratio(found)),
             f"{found.compile_time.total:.1f}" if found.compile_time else "",
             _times(result.compile_ratio(found)),
+        )
+    return table
+
+
+def probe_table(result: ProbeResult, title: str) -> Table:
+    """A line for the probe, and one for each plain step, each figure followed by the probe's over it."""
+    from nvfp4c.bench.probe import DESCRIPTIONS
+
+    table = _table(title, ("pass or step", "ms", "+-", "probe / this", "peak MiB", "probe / this"))
+    table.caption = "\n".join(f"{name}: {description}" for name, description in DESCRIPTIONS.items())
+    for cost in (result.probe, *result.steps):
+        plain = cost is not result.probe
+        table.add_row(
+            cost.name,
+            f"{cost.time.median * 1e3:,.2f}",
+            f"{cost.time.spread:.0%}",
+            _times(result.time_ratio(cost) if plain else None),
+            f"{cost.memory.peak / 2**20:,.1f}",
+            _times(result.memory_ratio(cost) if plain else None),
         )
     return table
 

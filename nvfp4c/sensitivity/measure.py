@@ -74,23 +74,17 @@ def measure(
             path = None if folder is None else folder / f"part-{number:04d}.json"
             part = None if path is None else _kept(path, provenance)
             if part is None:
-                part = _measured(model, watched, batch, loss, probe, number, provenance)
+                part = measure_batch(model, watched, batch, loss, probe, number, provenance)
                 if path is not None:
                     part.save(path)
             parts.append(part)
     watch("measuring", len(batches), len(batches))
     found = merged(parts)
-    if not found.sites:
-        raise DataError("the model has no matmul with a weight that can run in FP4, so there is nothing to measure")
-    if all(site.obstacle for site in found.sites):
-        raise DataError(
-            "no gradient reaches any matmul with a weight; let the model's parameters require gradients, "
-            "and compute the loss from what the model returns"
-        )
+    check_sites(found)
     return found
 
 
-def _measured(
+def measure_batch(
     model: nn.Module,
     watched: Callable[..., Any],
     batch: Any,
@@ -99,6 +93,9 @@ def _measured(
     number: int,
     provenance: dict[str, Any],
 ) -> Measurements:
+    """One pass of a probe. watched: the model as `observed` compiled it for that probe. number: of the batch. Gradients
+    of the parameters are afterwards those of this pass. Raises DataError for a loss that is no finite scalar or needs
+    no gradient."""
     model.zero_grad(set_to_none=True)
     probe.begin(number)
     draw_from(probe.seed + number, model)
@@ -111,6 +108,17 @@ def _measured(
         )
     value.backward()
     return Measurements(probe.take(), value.item(), 1, provenance)
+
+
+def check_sites(found: Measurements) -> None:
+    """Raise DataError where there was nothing to measure."""
+    if not found.sites:
+        raise DataError("the model has no matmul with a weight that can run in FP4, so there is nothing to measure")
+    if all(site.obstacle for site in found.sites):
+        raise DataError(
+            "no gradient reaches any matmul with a weight; let the model's parameters require gradients, "
+            "and compute the loss from what the model returns"
+        )
 
 
 def check_batches(batches: Sequence[Any]) -> None:
