@@ -53,7 +53,18 @@ def test_help_names_the_commands_and_needs_no_torch():
 
 @pytest.mark.parametrize(
     "command",
-    ["quickstart", "doctor", "explain", "emit", "plan show", "plan diff", "plan apply", "bench kernels", "bench train"],
+    [
+        "quickstart",
+        "doctor",
+        "explain",
+        "emit",
+        "plan show",
+        "plan diff",
+        "plan apply",
+        "bench kernels",
+        "bench train",
+        "bench probe",
+    ],
 )
 def test_every_command_has_help(command):
     found = invoke(*command.split(), "--help")

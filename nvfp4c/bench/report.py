@@ -30,7 +30,9 @@ def report(folder: Path) -> str:
     parts = [OPENING]
     for path in sorted(folder.glob("bench-*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
-        tables = {"train": _train, "kernels": _kernels, "regions": _regions}[path.stem.split("-")[1]](data)
+        tables = {"train": _train, "kernels": _kernels, "regions": _regions, "probe": _probe}[path.stem.split("-")[1]](
+            data
+        )
         about = data["about"]
         versions = f"torch {about['torch']}" + (f", Triton {about['triton']}" if about.get("triton") else "")
         parts.append(f"## {_title(path.stem, data)}\n\n{about['device']}; {versions}; commit {about['commit'][:7]};")
@@ -44,6 +46,8 @@ def _title(stem: str, data: dict[str, Any]) -> str:
         return "Kernels"
     if stem.startswith("bench-regions"):
         return f"Regions of a training step, {data['settings']['size']['name']}: predicted and measured bytes"
+    if stem.startswith("bench-probe"):
+        return f"A pass of the sensitivity probe: {data['settings']['model']}"
     size, settings = data["settings"]["size"], data["settings"]
     steps = settings.get("steps_in_a_row", 1)
     shape = f"{size['blocks']} blocks, width {size['width']}, MLP {size['hidden']}, {settings['tokens']} tokens"
@@ -95,6 +99,16 @@ def _regions(data: dict[str, Any]) -> Iterator[str]:
         )
     yield _table(rows)
     yield "Measured: what a copy moves in the same time. Predicted: each input once and each output once.\n"
+
+
+def _probe(data: dict[str, Any]) -> Iterator[str]:
+    rows = [("pass or step", "ms", "probe / this", "peak MiB", "probe / this")]
+    for name, found in data["results"].items():
+        ratios = [f"{found[key]:.2f}x" if key in found else "" for key in ("probe_time_ratio", "probe_memory_ratio")]
+        milliseconds, peak = f"{found['time']['median_seconds'] * 1e3:,.1f}", f"{found['memory']['peak'] / 2**20:,.1f}"
+        rows.append((f"{name}: {found['description']}", milliseconds, ratios[0], peak, ratios[1]))
+    yield _table(rows)
+    yield "Peak memory includes parameters, states of the optimizer and gradients.\n"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
