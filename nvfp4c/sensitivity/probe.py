@@ -268,11 +268,13 @@ def _strips(x: Tensor) -> Tensor:
 
 
 def _octaves(magnitudes: Tensor, amax: Tensor) -> Tensor:
-    """How many magnitudes lie in each octave below amax; float64 [OCTAVES]."""
-    nonzero = magnitudes[magnitudes > 0]
-    # The exponent of an FP32 number is floor(log2) of it; that of an infinite one is the largest, as that of a NaN.
-    octave = ((amax / nonzero).view(torch.int32) >> 23) - 127
-    return torch.bincount(octave.clamp_(0, OCTAVES - 1), minlength=OCTAVES).double()
+    """How many magnitudes but zeros lie in each octave below amax; float64 [OCTAVES]."""
+    # The exponent of an FP32 number is floor(log2) of it; that of an infinite one is the largest, as that of a NaN: so
+    # zeros come to lie in the last octave, and are taken off there.
+    octave = ((amax / magnitudes).view(torch.int32) >> 23).sub_(127).clamp_(0, OCTAVES - 1)
+    counts = torch.bincount(octave.flatten(), minlength=OCTAVES).double()
+    counts[-1] -= magnitudes.numel() - magnitudes.count_nonzero()
+    return counts
 
 
 def _operand_measure(kind: str, sums: list[float]) -> OperandMeasure:

@@ -83,8 +83,8 @@ def product(left: Quantized | Tensor, right: Quantized | Tensor) -> Tensor:
     else:
         found = (torch.mm if a.dim() == 2 else torch.bmm)(a, b.mT, out_dtype=torch.float32)
     if isinstance(left, Quantized) and isinstance(right, Quantized):
-        return found * numerics.global_factor(left.amax, right.amax)
+        return found.mul_(numerics.global_factor(left.amax, right.amax))
     for operand in (left, right):
         if isinstance(operand, Quantized):
-            found = found * (operand.amax / numerics.GLOBAL_MAX)
+            found.mul_(operand.amax / numerics.GLOBAL_MAX)
     return found
