@@ -269,9 +269,9 @@ def _strips(x: Tensor) -> Tensor:
 
 def _octaves(magnitudes: Tensor, amax: Tensor) -> Tensor:
     """How many magnitudes but zeros lie in each octave below amax; float64 [OCTAVES]."""
-    # The exponent of an FP32 number is floor(log2) of it; that of an infinite one is the largest, as that of a NaN: so
-    # zeros come to lie in the last octave, and are taken off there.
-    octave = ((amax / magnitudes).view(torch.int32) >> 23).sub_(127).clamp_(0, OCTAVES - 1)
+    # The exponent of an FP32 number is floor(log2) of it; that of an infinite one is the largest, as that of a NaN of
+    # either sign: so zeros come to lie in the last octave, and are taken off there.
+    octave = ((amax / magnitudes).view(torch.int32) >> 23).bitwise_and_(255).sub_(127).clamp_(0, OCTAVES - 1)
     counts = torch.bincount(octave.flatten(), minlength=OCTAVES).double()
     counts[-1] -= magnitudes.numel() - magnitudes.count_nonzero()
     return counts
