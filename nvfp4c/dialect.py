@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.fx.node import Target
 
 from nvfp4c import numerics, philox
@@ -439,8 +440,8 @@ class KernelTable:
     amax: Callable[..., Tensor] | None = None
     quantize: Callable[..., tuple[Tensor, Tensor]] | None = None
     operand: Callable[..., Tensor] | None = None
-    region: Callable[..., Sequence[Tensor]] | None = None
-    weight: Callable[..., Sequence[Tensor]] | None = None
+    region: OpOverload | None = None
+    weight: OpOverload | None = None
     block_scaled_mm: Callable[..., Tensor] | None = None
     compile_kernels: Callable[[fx.Graph], fx.Graph] | None = None
 

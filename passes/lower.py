@@ -107,11 +107,7 @@ class _Lowering:
             elif node.target is DEQUANTIZE:
                 self._replace(node, self._dequantize(node))
             elif node.target in entries:
-                found = self._emit(entry, arguments(node), node)
-                if node.target in (REGION, WEIGHT):
-                    self._replace_items(node, found)
-                else:
-                    self._replace(node, found)
+                self._replace(node, self._emit(entry, arguments(node), node))
 
     def finish(self) -> None:
         """Emit the packed forms that are needed after all, then drop what nobody reads."""

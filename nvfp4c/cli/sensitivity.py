@@ -189,7 +189,7 @@ def summary(analysis: Analysis) -> list[str]:
     everything = found.provenance["rise_with_everything_in_fp4"]
     lines.append(f"With every forward matmul in FP4 it rises by {everything:+.2e} on the same batches.")
     if analysis.together:
-        apart = [f"{one.block.removesuffix('.')} ({one.excess:+.1e})" for one in analysis.together if not one.adds_up]
+        apart = [f"{one.name} ({one.excess:+.1e})" for one in analysis.together if not one.adds_up]
         lines.append(
             f"Of {len(analysis.together)} blocks run whole, the rise is the sum of scores, within its 95% interval, in "
             f"{len(analysis.together) - len(apart)}{': not in ' + ', '.join(apart) if apart else ''}."

@@ -57,6 +57,11 @@ class Together:
     measured: tuple[float, ...]
 
     @property
+    def name(self) -> str:
+        """Of the block."""
+        return self.block.removesuffix(".")
+
+    @property
     def excess(self) -> float:
         """By how much the loss rises beyond the sum of scores, mean over batches."""
         return fmean(self.measured) - self.predicted

@@ -32,7 +32,7 @@ from nvfp4c.sensitivity.problem import Problem
 from nvfp4c.sensitivity.score import scores
 from nvfp4c.sensitivity.solve import curve, solve
 from nvfp4c.sensitivity.switched import SwitchedModel
-from nvfp4c.sensitivity.together import pair_terms, together
+from nvfp4c.sensitivity.together import Rises, pair_terms, together
 from nvfp4c.tasks import Task
 from nvfp4c.watch import Watch, unwatched
 
@@ -88,15 +88,15 @@ def analyze(
     found = measure(model, batches, loss, settings.recipe, settings.seed, folder, watch)
     switched = SwitchedModel(model, everywhere(settings.recipe))
     plain = switched.losses((), batches, loss)
-    everything = fmean(rise(switched.losses(forward_matmuls(found), batches, loss), plain))
+    rises = partial(_rises, switched, batches, plain, loss)
+    everything = fmean(rises(forward_matmuls(found)))
     more = {"method": settings.method, "held_out": len(held_out), "rise_with_everything_in_fp4": everything}
     found = replace(found, provenance={**found.provenance, **more})
-    ablation = ablate(switched, found, batches, plain, loss, watch) if settings.method == "ablate" else Ablation()
+    ablation = ablate(switched, found, batches[0], rises, loss, watch) if settings.method == "ablate" else Ablation()
     scored = {**scores(found, everything), **ablation.single}
     checked: tuple[Together, ...] = ()
     pairs: PairTerms = {}
     if settings.pairs:
-        rises = partial(_rises, switched, batches, plain, loss)
         checked = together(scored, rises, watch)
         pairs = pair_terms(checked, scored, rises, watch)
         if pairs:
@@ -152,13 +152,13 @@ class Ablation:
 def ablate(
     switched: SwitchedModel,
     found: Measurements,
-    batches: Sequence[Any],
-    plain: Sequence[float],
+    batch: Any,
+    rises: Rises,
     loss: Loss,
     watch: Watch,
 ) -> Ablation:
     """One matmul after the other, really run: forward ones for the loss of all batches, all roles for the gradients of
-    the first batch. plain: the loss of each batch without FP4."""
+    one batch."""
     what = "measuring one at a time"
     forward = forward_matmuls(found)
     every = [(site.site, role) for site in found.sites for role in site.roles]
@@ -166,13 +166,12 @@ def ablate(
     single, all_but, cosine = {}, {}, {}
     for number, key in enumerate(forward):
         watch(what, number, steps)
-        single[key] = fmean(rise(switched.losses([key], batches, loss), plain))
-        others = [other for other in forward if other != key]
-        all_but[key] = fmean(rise(switched.losses(others, batches, loss), plain))
-    exact = switched.gradient((), batches[0], loss)
+        single[key] = fmean(rises([key]))
+        all_but[key] = fmean(rises([other for other in forward if other != key]))
+    exact = switched.gradient((), batch, loss)
     for number, key in enumerate(every, len(forward)):
         watch(what, number, steps)
-        cosine[key] = float(cosine_similarity(switched.gradient([key], batches[0], loss), exact, dim=0))
+        cosine[key] = float(cosine_similarity(switched.gradient([key], batch, loss), exact, dim=0))
     watch(what, steps, steps)
     return Ablation(single, all_but, cosine)
 

@@ -20,5 +20,6 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95% interval by Student's t; NaN where there are too few values."""
     if len(values) < 2 or not all(math.isfinite(value) for value in values):
         return (fmean(values) if values else math.nan), math.nan
-    quantile = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))
-    return fmean(values), quantile * stdev(values) / math.sqrt(len(values))
+    mean, error = mean_and_error(values)
+    assert error is not None
+    return mean, float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * error

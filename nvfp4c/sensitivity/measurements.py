@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from nvfp4c.errors import DataError
 from nvfp4c.files import write_text
+from nvfp4c.sensitivity.intervals import mean_and_error
 
 VERSION = 1
 OCTAVES = 32
@@ -182,7 +182,7 @@ def _merged_role(parts: Sequence[RoleMeasure]) -> RoleMeasure:
         aligned=sum(part.aligned for part in parts),
         operands=tuple(operands),
         **terms,
-        first_error=statistics.stdev(firsts) / math.sqrt(len(firsts)) if len(firsts) > 1 else None,
+        first_error=mean_and_error(firsts)[1] if firsts else None,
     )
 
 

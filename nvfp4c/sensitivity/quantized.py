@@ -36,9 +36,9 @@ class Quantized:
         return Quantized(source, values, self.amax)
 
 
-def quantized(x: Tensor, how: Quantization, seed: Tensor, stream: int) -> Quantized:
-    """x: [.., M, K], blocks along its last axis. seed: int64 scalar; stream: of stochastic rounding, as in `philox`."""
-    random = seed if how.rounding == "stochastic" else None
+def quantized(x: Tensor, how: Quantization, seed: int, stream: int) -> Quantized:
+    """x: [.., M, K], blocks along its last axis. seed, stream: of stochastic rounding, as in `philox`."""
+    random = torch.tensor(seed, device=x.device) if how.rounding == "stochastic" else None
     if x.device.type == "cpu":
         source = x if how.signs is None else cpu.HADAMARD(x, how.signs)
         amax = numerics.tensor_amax(source)
@@ -72,7 +72,7 @@ class Quantizer:
     def __call__(self, x: Tensor, how: Quantization) -> Quantized:
         """x: as in `quantized`."""
         self._stream += 1
-        return quantized(x, how, torch.tensor(self.seed, device=x.device), self._stream)
+        return quantized(x, how, self.seed, self._stream)
 
 
 def product(left: Quantized | Tensor, right: Quantized | Tensor) -> Tensor:

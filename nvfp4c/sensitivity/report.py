@@ -108,12 +108,17 @@ def plan_sentences(candidate: Candidate, analysis: Analysis) -> list[str]:
     elif not math.isfinite(mean):
         sentences.append(f"Run for real on {_counted(count, 'held-out batch')}, its loss was not finite.")
     else:
-        spread = f" ± {half:.2g}" if math.isfinite(half) else ""
+        spread = _spread(half)
         known = f"mean and {CONFIDENCE:.0%} interval" if spread else "mean"
         sentences.append(
             f"Measured rise: {mean:+.3g}{spread} loss units ({known}, {_counted(count, 'held-out batch')})."
         )
     return sentences
+
+
+def _spread(half: float) -> str:
+    """Half of an interval, as it follows a mean; nothing where it is not known."""
+    return f" ± {half:.2g}" if math.isfinite(half) else ""
 
 
 def _lines(sites: Sequence[SiteMeasure]) -> list[str]:
@@ -258,9 +263,8 @@ def _together(analysis: Analysis) -> str:
     rows = []
     for one in analysis.together:
         mean, half = mean_and_interval(one.measured)
-        spread = f" ± {half:.2g}" if math.isfinite(half) else ""
         verdict = "yes" if one.adds_up else f"no, {one.excess:+.2g} beyond it"
-        rows.append((one.block.removesuffix("."), f"{one.predicted:+.3g}", f"{mean:+.3g}{spread}", verdict))
+        rows.append((one.name, f"{one.predicted:+.3g}", f"{mean:+.3g}{_spread(half)}", verdict))
     table = _table(("block", "sum of scores, loss units", "measured rise, loss units", "adds up"), rows)
     page = f"<h2>Do the scores add up?</h2><p>{TOGETHER}</p>{table}"
     if analysis.pairs:
