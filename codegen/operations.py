@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._inductor.codecache import PyCodeCache
 
 from nvfp4c import dialect
-from nvfp4c.codegen import chips, cublas, kernels
+from nvfp4c.codegen import chips, cublas, kernels, zeros
 from nvfp4c.codegen.emit import CONSTANTS, Tile, emit
 from nvfp4c.codegen.launching import INTERPRETED, LOAD_BYTES, Launch, on_device_of
 from nvfp4c.formats import BLOCK, block_count
@@ -69,12 +69,14 @@ def layout(x: Tensor) -> Layout:
 class Prepared:
     """All about the launches of a region that shapes, strides and types determine.
 
-    buffers: shape and type of every tensor. zeros: the places of those that have to start as 0.
+    buffers: shape and type of every tensor. amaxes: the places of those, which a kernel raises from 0. padded: the
+    places of others that have to start as 0: scales in whole tiles, of which no program writes the rest.
     """
 
     region: Region
     buffers: tuple[tuple[Sequence[int | torch.SymInt], torch.dtype], ...]
-    zeros: tuple[int, ...]
+    amaxes: tuple[int, ...]
+    padded: tuple[int, ...]
     launch: Launch
 
 
@@ -108,11 +110,11 @@ def prepare(
         torch.int64 if random else None,
         *(torch.uint8 if dtype is torch.float8_e4m3fn else dtype for _, (_, dtype) in buffers),
     )
-    zeros = [_starts_as_zero(output, *buffer, matrices[output.matrix]) for output, buffer in buffers]
     return Prepared(
         region=region,
         buffers=tuple(buffer for _, buffer in buffers),
-        zeros=tuple(place for place, zero in enumerate(zeros) if zero),
+        amaxes=tuple(place for place, (output, _) in enumerate(buffers) if output.form is Form.AMAX),
+        padded=tuple(place for place, (o, buffer) in enumerate(buffers) if _padded(o, *buffer, matrices[o.matrix])),
         launch=Launch(
             kernel=emitted(region),
             programs=count * triton.cdiv(rows, height) * triton.cdiv(columns, tile.columns),
@@ -124,10 +126,10 @@ def prepare(
     )
 
 
-def _starts_as_zero(output: Output, shape: Sequence[int | torch.SymInt], dtype: torch.dtype, x: Tensor) -> bool:
-    """Whether a tensor holds what no program writes: an amax, which is raised, or scales padded to whole tiles."""
+def _padded(output: Output, shape: Sequence[int | torch.SymInt], dtype: torch.dtype, x: Tensor) -> bool:
+    """Whether a tensor is scales of fewer blocks than whole tiles of them hold."""
     if not output.native:
-        return output.form is Form.AMAX
+        return False
     rows, columns = x.shape[-2:]
     written = (columns, block_count(rows)) if output.down else (rows, block_count(columns))
     return dtype is torch.float8_e4m3fn and tuple(shape[-2:]) != written
@@ -149,10 +151,14 @@ def region(inputs: Sequence[Tensor], amaxes: Sequence[Tensor], seed: Tensor | No
 def run(prepared: Prepared, inputs: Sequence[Tensor], amaxes: Sequence[Tensor], seed: Tensor | None) -> list[Tensor]:
     """`region`, as prepared."""
     x, region = inputs[0], prepared.region
-    found = [x.new_empty(shape, dtype=dtype) for shape, dtype in prepared.buffers]
+    ready = zeros.at_hand(x.device)
+    found = [
+        zeros.take(x.device) if ready and place in prepared.amaxes else x.new_empty(shape, dtype=dtype)
+        for place, (shape, dtype) in enumerate(prepared.buffers)
+    ]
     buffers = [buffer.view(torch.uint8) if buffer.dtype == torch.float8_e4m3fn else buffer for buffer in found]
-    if prepared.zeros:
-        torch._foreach_zero_([buffers[place] for place in prepared.zeros])  # one launch for all
+    if cleared := prepared.padded if ready else prepared.amaxes + prepared.padded:
+        torch._foreach_zero_([buffers[place] for place in cleared])  # one launch for all
     given = (_as_input(x, kind, region) for x, kind in zip(inputs, region.prologue.inputs, strict=True))
     prepared.launch((*given, *amaxes[: region.amax_count], seed, *buffers))
     return found

@@ -1,0 +1,40 @@
+"""Numbers on a GPU that start as 0, thousands from one launch: that of each amax would take as long as reducing a MiB.
+
+A number is handed out once, on the stream that it was made on. That is the default stream, which no CUDA graph can
+capture: one that is captured has to make its zeros again each time it is replayed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+COUNT = 4096
+"""Of numbers made at once,"""
+
+APART = 4
+"""so many of them from one to the next that each is aligned to 16 bytes, which Inductor asks of every tensor."""
+
+DEFAULT_STREAM = 0
+
+_SPARE: dict[torch.device, list[Tensor]] = {}
+
+
+def at_hand(device: torch.device) -> bool:
+    """Whether numbers can be taken for a kernel that is launched now."""
+    return device.type == "cuda" and torch._C._cuda_getCurrentRawStream(device.index) == DEFAULT_STREAM
+
+
+def take(device: torch.device) -> Tensor:
+    """A float32 scalar, 0, that nobody else has. Backward passes take theirs on threads of their own."""
+    spare = _SPARE.setdefault(device, [])
+    while True:
+        try:
+            return spare.pop()
+        except IndexError:
+            spare.extend(_made(device))
+
+
+def _made(device: torch.device) -> list[Tensor]:
+    with torch.inference_mode(False):  # training may come after inference
+        return list(torch.zeros(COUNT, APART, device=device)[:, 0].unbind())
