@@ -103,6 +103,13 @@ def observed(model: nn.Module, recipe: Recipe, watcher: Observer) -> Callable[..
     return _compiled(model, recipe, watcher, lambda session: Observe(OBSERVE, session))
 
 
+DECOMPOSITIONS = {
+    operation: function
+    for operation, function in select_decomp_table().items()
+    if operation is not torch.ops.aten._to_copy.default
+}
+"""Inductor's, but for casts: run uncompiled, the operation that they become takes a hundred times as long."""
+
 ISOLATED: dict[str, Any] = (
     {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
 )
@@ -144,7 +151,7 @@ def _compiled(
             fw_compiler=boxed_nop,
             inference_compiler=lambda module, arguments: boxed_nop(intercept(module), arguments),
             partition_fn=partition,
-            decompositions=select_decomp_table(),
+            decompositions=DECOMPOSITIONS,
         )(gm, inputs)
 
     compiled = torch.compile(model, backend=backend)

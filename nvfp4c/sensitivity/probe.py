@@ -10,26 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 
 import torch
 from torch import Tensor, fx
 
-from nvfp4c import numerics
 from nvfp4c.dialect import Assignment, Matmul, Operand, Quantization, Role
 from nvfp4c.errors import DataError
-from nvfp4c.formats import BLOCK, E2M1_MAX, GLOBAL_MAX, TILE_BLOCK
+from nvfp4c.formats import TILE_BLOCK
 from nvfp4c.passes.intercept import site_nodes
 from nvfp4c.passes.matmul_graph import block_name, block_of
 from nvfp4c.recipe import ROLES
-from nvfp4c.sensitivity.compared import Compared, dot
-from nvfp4c.sensitivity.measurements import OCTAVES, SCALE_BINS, OperandMeasure, RoleMeasure, SiteMeasure
+from nvfp4c.sensitivity.compared import Compared
+from nvfp4c.sensitivity.measurements import LOSS_TERMS, OCTAVES, OperandMeasure, RoleMeasure, SiteMeasure
 from nvfp4c.sensitivity.quantized import Quantized, Quantizer
+from nvfp4c.sensitivity.samples import TOGETHER, Sample, sample, statistics
 from nvfp4c.sites import ModelNames
-
-SAMPLE = 1 << 14
-"""Elements of an operand that its own statistics are taken from, in strips of 16 rows spread over all: the result's
-error is summed over everything."""
 
 NO_GRADIENT = "no gradient reaches it, so what it does to the loss cannot be measured"
 TILES = Quantization(TILE_BLOCK, "nearest", None)
@@ -59,6 +56,7 @@ class Probe:
     _sums: dict[tuple[str, str], _Sums] = field(default_factory=dict)
     _inputs: dict[tuple[int, fx.Node], int] = field(default_factory=dict)
     _recent: list[tuple[Tensor, Quantization, Quantized]] = field(default_factory=list)
+    _samples: _Samples = field(default_factory=lambda: _Samples())
 
     def __post_init__(self) -> None:
         self._quantizer = Quantizer(self.seed)
@@ -116,7 +114,7 @@ class Probe:
                 quantities.append(x)
                 continue
             operand = self._quantized(x, how)
-            sums.add_operand(place, operand, how.block)
+            self._samples.add(sums.operand(place), sample(operand, how.block))
             quantities.append(operand)
         if matmul.operands[0] is Operand.WEIGHT:  # the result has a column for each row of x: compare its transpose
             rows, quantities = rows[::-1], quantities[::-1]
@@ -144,6 +142,7 @@ class Probe:
 
         Raises DataError where a gradient or another operand was not finite.
         """
+        self._samples.finish()
         sums, self._sums, self._recent = self._sums, {}, []
         for (site, role), found in sums.items():
             if not found.finite:
@@ -178,36 +177,38 @@ def _gradient(left: Tensor, right: Tensor, matmul: Matmul) -> Tensor:
 
 
 class _Sums:
-    """Running sums of one role of a site."""
+    """Running sums of one role of a site. They stay where they were computed until they are asked for: a GPU that has
+    to hand each over could not be given work ahead."""
 
     def __init__(self, kinds: tuple[Operand, Operand]) -> None:
         self._kinds = kinds
         self._shape = (0, 0, 0)
         self._operations = 0.0
-        self._result = [0.0] * 7
-        self._operands: dict[int, list[float]] = {}
+        self._results: list[Tensor] = []
+        self._operands: dict[int, list[Tensor]] = {}
 
     @property
     def finite(self) -> bool:
         """Whether no operand and no result had an infinite number or a NaN in it."""
-        return all(map(math.isfinite, (*self._result, *chain.from_iterable(self._operands.values()))))
+        return all(map(math.isfinite, chain(self._result, *map(_total, self._operands.values()))))
+
+    @cached_property
+    def _result(self) -> list[float]:
+        return _total(self._results)
 
     def add_result(self, compared: Compared) -> None:
-        for place, value in enumerate(compared.sums().tolist()):
-            self._result[place] += value
+        self._results.append(compared.sums())
         self._shape = compared.shape
         self._operations += 2.0 * math.prod(compared.shape)
 
-    def add_operand(self, place: int, operand: Quantized, block: tuple[int, int]) -> None:
-        found = _statistics(operand, block).tolist()
-        sums = self._operands.setdefault(place, [0.0] * len(found))
-        for index, value in enumerate(found):
-            sums[index] += value
+    def operand(self, place: int) -> list[Tensor]:
+        """Where statistics of the left or the right operand are collected."""
+        return self._operands.setdefault(place, [])
 
     def measure(self, role: str) -> RoleMeasure:
         signal, noise, aligned, *change = self._result
         m, n, k = self._shape
-        loss = dict(zip(("first", "diagonal", "rows", "samples"), change, strict=True))
+        loss = dict(zip(LOSS_TERMS, change, strict=True)) if change else {}
         return RoleMeasure(
             role=role,
             m=m,
@@ -218,63 +219,39 @@ class _Sums:
             noise=noise,
             aligned=aligned,
             operands=tuple(
-                _operand_measure(self._kinds[place].value, sums) for place, sums in sorted(self._operands.items())
+                _operand_measure(self._kinds[place].value, _total(found))
+                for place, found in sorted(self._operands.items())
             ),
-            **(loss if role == Role.FPROP.value else {}),
+            **loss,
         )
 
 
-def _statistics(operand: Quantized, block: tuple[int, int]) -> Tensor:
-    """Of a sample, float64: elements, signal, noise, fourth, vanished, saturated, zeros, then the histograms before,
-    after and of scales: see `OperandMeasure`."""
-    x, values = _strips(operand.source), _strips(operand.values).float()
-    packed_scales = numerics.block_scales(x, operand.amax, block)
-    x, scales = x.float(), packed_scales.float()
-    factor = operand.amax / GLOBAL_MAX
-    magnitudes = x.abs()
-    squares = x.double().square()  # the fourth power of a small gradient is below what FP32 holds
-    limits = (E2M1_MAX * factor * scales).repeat_interleave(BLOCK, -1)[:, : x.shape[-1]]
-    error = values * factor - x
-    nonzero = x.count_nonzero()
-    head = (
-        torch.tensor(x.numel(), device=x.device),
-        squares.sum(),
-        dot(error, error),
-        dot(squares, squares),
-        nonzero - values.count_nonzero(),
-        (magnitudes > limits).sum(),
-        x.numel() - nonzero,
-    )
-    exponents = packed_scales.view(torch.uint8) >> 3
-    return torch.cat(
-        [
-            torch.stack([value.double() for value in head]),
-            _octaves(magnitudes, operand.amax),
-            _octaves(values.abs() * factor, operand.amax),
-            torch.bincount(exponents[scales > 0], minlength=SCALE_BINS).double(),
-        ]
-    )
+def _total(sums: Sequence[Tensor]) -> list[float]:
+    """The sum of each place."""
+    return [sum(values) for values in zip(*(found.tolist() for found in sums), strict=True)]
 
 
-def _strips(x: Tensor) -> Tensor:
-    """Strips of BLOCK rows of a matrix [.., M, K], evenly spread, as many as make SAMPLE elements; [*, K]."""
-    rows = x.reshape(-1, x.shape[-1])
-    count = rows.shape[0] // BLOCK
-    wanted = max(1, SAMPLE // (BLOCK * x.shape[-1]))
-    if count <= wanted:
-        return rows
-    every = -(-count // wanted)
-    return rows[: count * BLOCK].unflatten(0, (count, BLOCK))[::every].flatten(0, 1)
+class _Samples:
+    """Samples of operands until there are enough to look at, each with the list that its statistics go to."""
 
+    def __init__(self) -> None:
+        self._waiting: dict[tuple[torch.device, tuple[int, int]], list[tuple[list[Tensor], Sample]]] = {}
 
-def _octaves(magnitudes: Tensor, amax: Tensor) -> Tensor:
-    """How many magnitudes but zeros lie in each octave below amax; float64 [OCTAVES]."""
-    # The exponent of an FP32 number is floor(log2) of it; that of an infinite one is the largest, as that of a NaN of
-    # either sign: so zeros come to lie in the last octave, and are taken off there.
-    octave = ((amax / magnitudes).view(torch.int32) >> 23).bitwise_and_(255).sub_(127).clamp_(0, OCTAVES - 1)
-    counts = torch.bincount(octave.flatten(), minlength=OCTAVES).double()
-    counts[-1] -= magnitudes.numel() - magnitudes.count_nonzero()
-    return counts
+    def add(self, target: list[Tensor], found: Sample) -> None:
+        waiting = self._waiting.setdefault((found.source.device, found.block), [])
+        waiting.append((target, found))
+        if len(waiting) == TOGETHER:
+            self._look(waiting)
+
+    def finish(self) -> None:
+        for waiting in self._waiting.values():
+            self._look(waiting)
+
+    def _look(self, waiting: list[tuple[list[Tensor], Sample]]) -> None:
+        if waiting:
+            for (target, _), row in zip(waiting, statistics([found for _, found in waiting]), strict=True):
+                target.append(row)
+        waiting.clear()
 
 
 def _operand_measure(kind: str, sums: list[float]) -> OperandMeasure:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from nvfp4c.codegen import cpu
 from nvfp4c.dialect import Quantization
 from nvfp4c.region import Form, Output, Region, reduction
 
-STREAM_BITS = 24
-"""Streams that a batch may use up: one for each operand that is quantised."""
+OPERAND_BITS, BATCH_BITS, SEED_BITS = 20, 20, 23
+"""Of a seed of stochastic rounding, from the lowest on: which operand of a batch, which batch, and the user's seed. A
+stream for each operand would do too, but a GPU's launches are prepared for every stream anew."""
 
 
 @dataclass(frozen=True)
@@ -36,26 +38,32 @@ class Quantized:
         return Quantized(source, values, self.amax)
 
 
-def quantized(x: Tensor, how: Quantization, seed: int, stream: int) -> Quantized:
-    """x: [.., M, K], blocks along its last axis. seed, stream: of stochastic rounding, as in `philox`."""
-    random = torch.tensor(seed, device=x.device) if how.rounding == "stochastic" else None
+def quantized(x: Tensor, how: Quantization, seed: Tensor | None) -> Quantized:
+    """x: [.., M, K], blocks along its last axis. seed: of stochastic rounding, as in `philox`."""
     if x.device.type == "cpu":
         source = x if how.signs is None else cpu.HADAMARD(x, how.signs)
         amax = numerics.tensor_amax(source)
         # Exact, and twice as fast: the kernel of stochastic rounding is not vectorised over BF16, nor over a transpose.
         rows = source.float().contiguous()
-        return Quantized(source, cpu.OPERAND(rows, amax, how.block, how.rounding, random, stream), amax)
-    return _on_gpu(x.contiguous(), how, random, stream if random is not None else 0)
+        return Quantized(source, cpu.OPERAND(rows, amax, how.block, how.rounding, seed, 0), amax)
+    return _on_gpu(x.contiguous(), how, seed)
 
 
-def _on_gpu(x: Tensor, how: Quantization, seed: Tensor | None, stream: int) -> Quantized:
+def _on_gpu(x: Tensor, how: Quantization, seed: Tensor | None) -> Quantized:
     from nvfp4c.codegen.operations import REGION  # imports triton, which a machine without a GPU need not have
 
-    operand = Output(Form.OPERAND, block=how.block, rounding=how.rounding, signs=how.signs, stream=stream)
-    rotated = () if how.signs is None else (Output(Form.ROTATED, signs=how.signs),)
-    (amax,) = REGION([x], [], None, reduction(Region((operand,))).to_json())
-    values, *sources = REGION([x], [amax], seed, Region((operand, *rotated)).to_json())
+    reduce, quantise = _regions(how)
+    (amax,) = REGION([x], [], None, reduce)
+    values, *sources = REGION([x], [amax], seed, quantise)
     return Quantized(sources[0] if sources else x, values, amax)
+
+
+@cache
+def _regions(how: Quantization) -> tuple[str, str]:
+    """What gives the amax, and what gives the operand, after that rotated where it is; as JSON."""
+    operand = Output(Form.OPERAND, block=how.block, rounding=how.rounding, signs=how.signs)
+    rotated = () if how.signs is None else (Output(Form.ROTATED, signs=how.signs),)
+    return reduction(Region((operand,))).to_json(), Region((operand, *rotated)).to_json()
 
 
 @dataclass
@@ -63,16 +71,25 @@ class Quantizer:
     """Quantises one operand after the other, each with random numbers of its own. seed: of stochastic rounding."""
 
     seed: int = 0
-    _stream: int = 0
+    _operand: int = 0
+    _batch: int = 0
+    _seeds: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def begin(self, batch: int) -> None:
         """Random numbers of a batch are its own, whatever was quantised before it."""
-        self._stream = batch << STREAM_BITS
+        self._batch, self._operand, self._seeds = batch, 0, {}
 
     def __call__(self, x: Tensor, how: Quantization) -> Quantized:
         """x: as in `quantized`."""
-        self._stream += 1
-        return quantized(x, how, self.seed, self._stream)
+        self._operand += 1
+        return quantized(x, how, self._seed(x.device) if how.rounding == "stochastic" else None)
+
+    def _seed(self, device: torch.device) -> Tensor:
+        """Computed where it is needed: a number sent there would be waited for."""
+        if device not in self._seeds:
+            of_batch = (self.seed % (1 << SEED_BITS) << BATCH_BITS | self._batch) << OPERAND_BITS
+            self._seeds[device] = torch.tensor(of_batch, dtype=torch.int64, device=device)
+        return self._seeds[device] + self._operand
 
 
 def product(left: Quantized | Tensor, right: Quantized | Tensor) -> Tensor:

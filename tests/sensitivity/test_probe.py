@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from nvfp4c import numerics, recipe
 from nvfp4c.errors import DataError
 from nvfp4c.formats import DEFAULT_SIGNS, ROW_BLOCK, TILE_BLOCK
-from nvfp4c.sensitivity import measurements, probe
+from nvfp4c.sensitivity import measurements
 from nvfp4c.sensitivity.measure import code_hash, everywhere, measure
 from nvfp4c.sensitivity.measurements import Measurements, merged
 from nvfp4c.sensitivity.switched import SwitchedModel
@@ -307,11 +307,3 @@ def test_one_site_in_fp4_changes_the_loss_as_predicted(model: Net, batches: list
         first = site.roles["fprop"].first
         assert first is not None
         assert rise == pytest.approx(first, rel=0.2, abs=0.02 * plain), site.site
-
-
-def test_octaves_count_everything_but_zeros() -> None:
-    counts = probe._octaves(torch.tensor([8.0, 5.0, 4.0, 1.0, 0.0, 1e-30]), torch.tensor(8.0)).tolist()
-    assert counts[:4] == [2.0, 1.0, 0.0, 1.0]
-    assert counts[-1] == 1.0
-    assert sum(counts) == 5.0
-    assert not probe._octaves(torch.zeros(7), torch.tensor(0.0)).any()
