@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from nvfp4c.sensitivity.quantized import Quantized, product
+from nvfp4c.sensitivity.quantized import Quantized, product, unscaled
 
 PART = 1 << 22
 """Elements of a result that are compared at a time: what a comparison needs beside the operands stays small."""
@@ -44,22 +45,19 @@ class Compared:
         totals, by_row = [], []
         for start in range(0, m, step):
             size = min(step, m - start)
-            found = product(self.quantities[0].narrow(-2, start, size), self.quantities[1])
+            part = self.quantities[0].narrow(-2, start, size)
             exact = (
                 left.narrow(-2, start, size) @ right.mT if self.exact is None else self.exact.narrow(-2, start, size)
             )
-            y = exact.float()
-            error = found.sub_(y)
-            terms = [dot(y, y), dot(error, error), dot(error, y)]
-            if gradient is not None:
-                change = error.mul_(gradient.narrow(-2, start, size))
-                terms.append(dot(change, change))
-                by_row.append(change.sum(-1))
-            totals.append(torch.stack(terms))
-        total = torch.stack(totals).sum(0)
+            of_part = None if gradient is None else gradient.narrow(-2, start, size)
+            total, changes = _compared(part, self.quantities[1], exact, of_part)
+            totals.append(total)
+            if changes is not None:
+                by_row.append(changes)
+        total = reduce(torch.add, totals)
         if gradient is None:
-            return total
-        changes = torch.cat(by_row, -1)
+            return total[:3]
+        changes = torch.cat(by_row, -1) if len(by_row) > 1 else by_row[0]
         of_samples = self._of_samples(changes)
         squares = [dot(each, each) * (each.numel() / 2) for each in (changes, of_samples)]
         return torch.cat([total[:3], torch.stack([changes.sum(), total[3], *squares])])
@@ -70,6 +68,29 @@ class Compared:
             return by_row
         apart = by_row if self.parts else by_row.flatten()
         return apart.unflatten(-1, (self.samples, -1)).movedim(-2, 0).flatten(1).sum(1)
+
+
+def _compared(
+    left: Quantized | Tensor, right: Quantized | Tensor, exact: Tensor, gradient: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`terms` of a product of operands."""
+    if exact.is_cuda:
+        from nvfp4c.codegen.probing import compared  # imports triton, which a machine without a GPU need not have
+
+        amaxes = (operand.amax if isinstance(operand, Quantized) else None for operand in (left, right))
+        return compared(unscaled(left, right), exact, gradient, *amaxes)
+    return terms(product(left, right), exact, gradient)
+
+
+def terms(found: Tensor, exact: Tensor, gradient: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """See `codegen.probing.compared`. found: float32, with its factor, used up. Three sums without a gradient."""
+    y = exact.float()
+    error = found.sub_(y)
+    sums = [dot(y, y), dot(error, error), dot(error, y)]
+    if gradient is None:
+        return torch.stack(sums), None
+    change = error.mul_(gradient)
+    return torch.stack([*sums, dot(change, change)]), change.sum(-1)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from nvfp4c.recipe import ROLES
 from nvfp4c.sensitivity.compared import Compared
 from nvfp4c.sensitivity.measurements import LOSS_TERMS, OCTAVES, OperandMeasure, RoleMeasure, SiteMeasure
 from nvfp4c.sensitivity.quantized import Quantized, Quantizer
-from nvfp4c.sensitivity.samples import TOGETHER, Sample, sample, statistics
+from nvfp4c.sensitivity.samples import TOGETHER, Sample, sample, statistics, statistics_on_gpu
 from nvfp4c.sites import ModelNames
 
 NO_GRADIENT = "no gradient reaches it, so what it does to the loss cannot be measured"
@@ -114,7 +114,7 @@ class Probe:
                 quantities.append(x)
                 continue
             operand = self._quantized(x, how)
-            self._samples.add(sums.operand(place), sample(operand, how.block))
+            self._samples.add(sums.operand(place), operand, how.block)
             quantities.append(operand)
         if matmul.operands[0] is Operand.WEIGHT:  # the result has a column for each row of x: compare its transpose
             rows, quantities = rows[::-1], quantities[::-1]
@@ -144,6 +144,7 @@ class Probe:
         """
         self._samples.finish()
         sums, self._sums, self._recent = self._sums, {}, []
+        _fetch([found for one in sums.values() for found in one.kept])
         for (site, role), found in sums.items():
             if not found.finite:
                 raise DataError(
@@ -201,6 +202,11 @@ class _Sums:
         self._shape = compared.shape
         self._operations += 2.0 * math.prod(compared.shape)
 
+    @property
+    def kept(self) -> list[list[Tensor]]:
+        """All that was collected."""
+        return [self._results, *self._operands.values()]
+
     def operand(self, place: int) -> list[Tensor]:
         """Where statistics of the left or the right operand are collected."""
         return self._operands.setdefault(place, [])
@@ -226,6 +232,19 @@ class _Sums:
         )
 
 
+def _fetch(lists: Sequence[list[Tensor]]) -> None:
+    """Replace all tensors in the lists, each of one axis, by the same on the CPU: one copy a device and type."""
+    alike: dict[tuple[torch.device, torch.dtype], list[tuple[list[Tensor], int]]] = {}
+    for found in lists:
+        for place, x in enumerate(found):
+            alike.setdefault((x.device, x.dtype), []).append((found, place))
+    for places in alike.values():
+        tensors = [found[place] for found, place in places]
+        parts = torch.cat(tensors).cpu().split([len(x) for x in tensors])
+        for (found, place), part in zip(places, parts, strict=True):
+            found[place] = part
+
+
 def _total(sums: Sequence[Tensor]) -> list[float]:
     """The sum of each place."""
     return [sum(values) for values in zip(*(found.tolist() for found in sums), strict=True)]
@@ -237,9 +256,12 @@ class _Samples:
     def __init__(self) -> None:
         self._waiting: dict[tuple[torch.device, tuple[int, int]], list[tuple[list[Tensor], Sample]]] = {}
 
-    def add(self, target: list[Tensor], found: Sample) -> None:
-        waiting = self._waiting.setdefault((found.source.device, found.block), [])
-        waiting.append((target, found))
+    def add(self, target: list[Tensor], operand: Quantized, block: tuple[int, int]) -> None:
+        if operand.source.is_cuda:
+            target.append(statistics_on_gpu(operand, block))
+            return
+        waiting = self._waiting.setdefault((operand.source.device, block), [])
+        waiting.append((target, sample(operand, block)))
         if len(waiting) == TOGETHER:
             self._look(waiting)
 

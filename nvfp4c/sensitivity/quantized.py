@@ -50,11 +50,11 @@ def quantized(x: Tensor, how: Quantization, seed: Tensor | None) -> Quantized:
 
 
 def _on_gpu(x: Tensor, how: Quantization, seed: Tensor | None) -> Quantized:
-    from nvfp4c.codegen.operations import REGION  # imports triton, which a machine without a GPU need not have
+    from nvfp4c.codegen.operations import region  # imports triton, which a machine without a GPU need not have
 
     reduce, quantise = _regions(how)
-    (amax,) = REGION([x], [], None, reduce)
-    values, *sources = REGION([x], [amax], seed, quantise)
+    (amax,) = region([x], [], None, reduce)
+    values, *sources = region([x], [amax], seed, quantise)
     return Quantized(sources[0] if sources else x, values, amax)
 
 
@@ -94,14 +94,20 @@ class Quantizer:
 
 def product(left: Quantized | Tensor, right: Quantized | Tensor) -> Tensor:
     """left @ right^T in FP32 of operands [.., M, K] and [.., N, K]; a tensor is an operand that is not quantised."""
+    return unscaled(left, right).mul_(factor(left, right))
+
+
+def unscaled(left: Quantized | Tensor, right: Quantized | Tensor) -> Tensor:
+    """`product` without its factor."""
     a, b = (operand.values if isinstance(operand, Quantized) else operand for operand in (left, right))
     if a.device.type == "cpu" or a.dtype != b.dtype or a.dtype is torch.float32:
-        found = torch.matmul(a.float(), b.float().mT)
-    else:
-        found = (torch.mm if a.dim() == 2 else torch.bmm)(a, b.mT, out_dtype=torch.float32)
-    if isinstance(left, Quantized) and isinstance(right, Quantized):
-        return found.mul_(numerics.global_factor(left.amax, right.amax))
-    for operand in (left, right):
-        if isinstance(operand, Quantized):
-            found.mul_(operand.amax / numerics.GLOBAL_MAX)
-    return found
+        return torch.matmul(a.float(), b.float().mT)
+    return (torch.mm if a.dim() == 2 else torch.bmm)(a, b.mT, out_dtype=torch.float32)
+
+
+def factor(left: Quantized | Tensor, right: Quantized | Tensor) -> Tensor | float:
+    """What `unscaled` lacks: of two quantised operands their global factor, of one its own."""
+    amaxes = [operand.amax for operand in (left, right) if isinstance(operand, Quantized)]
+    if len(amaxes) == 2:
+        return numerics.global_factor(*amaxes)
+    return amaxes[0] / numerics.GLOBAL_MAX if amaxes else 1.0

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from nvfp4c import numerics
-from nvfp4c.formats import BLOCK, E2M1_MAX, GLOBAL_MAX
+from nvfp4c.formats import BLOCK, E2M1_MAX, GLOBAL_MAX, TILE_BLOCK
 from nvfp4c.sensitivity.measurements import OCTAVES, SCALE_BINS
 from nvfp4c.sensitivity.quantized import Quantized
 
@@ -46,13 +46,13 @@ class Sample:
 def sample(operand: Quantized, block: tuple[int, int]) -> Sample:
     """operand: [.., M, K], blocks along its last axis."""
     rows = operand.source.shape[:-1].numel()
-    down, across, elements = _drawn(rows, operand.source.shape[-1], operand.source.device)
+    down, across, elements = drawn(rows, operand.source.shape[-1], operand.source.device)
     source, values = (_tiles(x, down, across).float() for x in (operand.source, operand.values))
     return Sample(source, values, elements, operand.amax, block)
 
 
 @lru_cache(maxsize=SHAPES_KEPT)
-def _drawn(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
+def drawn(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
     """Which tiles, by rows and columns of tiles, and the elements in them. Of many rows the last that make no whole
     tile are left out."""
     rows = rows if rows < BLOCK else rows // BLOCK * BLOCK
@@ -61,7 +61,7 @@ def _drawn(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tenso
     places = sorted(random.Random(0).sample(range(count), min(TILES, count)))
     tiles = [divmod(place, across) for place in places]
     elements = sum(min(BLOCK, rows - BLOCK * i) * min(BLOCK, columns - BLOCK * j) for i, j in tiles)
-    down, right = torch.tensor(tiles, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    down, right = torch.tensor(tiles, dtype=torch.int64).reshape(-1, 2).t().contiguous()
     return down.to(device), right.to(device), elements
 
 
@@ -74,6 +74,17 @@ def _tiles(x: Tensor, down: Tensor, across: Tensor) -> Tensor:
         x = F.pad(x, (0, missing[1], 0, missing[0]))
     tiles = x.unflatten(1, (x.shape[1] // BLOCK, BLOCK)).unflatten(0, (x.shape[0] // BLOCK, BLOCK))
     return tiles[down, :, across]
+
+
+def statistics_on_gpu(operand: Quantized, block: tuple[int, int]) -> Tensor:
+    """`statistics` of the sample of one operand on a GPU, a row of it: by one kernel, so nothing has to be kept."""
+    from nvfp4c.codegen.probing import tile_statistics  # imports triton, which a machine without a GPU need not have
+
+    source, values = (x.reshape(-1, x.shape[-1]) for x in (operand.source, operand.values))
+    rows = source.shape[0] if source.shape[0] < BLOCK else source.shape[0] // BLOCK * BLOCK
+    down, across, _ = drawn(*source.shape, source.device)
+    places = source[:rows], values[:rows], down, across
+    return tile_statistics(*places, operand.amax, block == TILE_BLOCK, OCTAVES, SCALE_BINS)
 
 
 def statistics(samples: Sequence[Sample]) -> Tensor:

@@ -1,0 +1,89 @@
+"""The sensitivity probe on a GPU measures what it measures on the CPU, where every number is tested."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nvfp4c.recipe import Recipe
+from nvfp4c.sensitivity.measure import everywhere, measure
+from nvfp4c.sensitivity.measurements import LOSS_TERMS, Measurements
+from nvfp4c.sensitivity.switched import SwitchedModel
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+NEAREST = Recipe("nearest", gradient_rounding="nearest")
+CLOSE = 1e-2
+"""Relative: both compute products in FP32, in another order; where a number lies between two codes that decides, so
+some of the errors are other ones."""
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(96, 160), nn.GELU(), nn.Linear(160, 72, bias=False), nn.Tanh(), nn.Linear(72, 40))
+
+
+def loss(model: nn.Module, batch: Tensor) -> Tensor:
+    return F.mse_loss(model(batch), batch[..., :40])
+
+
+def measured(device: str, dtype: torch.dtype, recipe: Recipe) -> Measurements:
+    torch._dynamo.reset()
+    model = network().to(device, dtype)
+    batches = [torch.randn(4, 48, 96, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    return measure(model, [batch.to(device, dtype) for batch in batches], loss, recipe)
+
+
+def test_it_measures_what_it_does_on_the_cpu() -> None:
+    here, there = (measured(device, torch.float32, NEAREST) for device in ("cpu", "cuda"))
+    assert there.loss == pytest.approx(here.loss, rel=1e-5)
+    assert [site.site for site in there.sites] == [site.site for site in here.sites]
+    for site, expected in zip(there.sites, here.sites, strict=True):
+        assert set(site.roles) == set(expected.roles)
+        for name, role in site.roles.items():
+            wanted = expected.roles[name]
+            assert (role.m, role.n, role.k, role.operations) == (wanted.m, wanted.n, wanted.k, wanted.operations)
+            assert role.signal == pytest.approx(wanted.signal, rel=1e-5)
+            assert role.noise == pytest.approx(wanted.noise, rel=CLOSE)
+            for term in LOSS_TERMS if name == "fprop" else ():
+                value = getattr(wanted, term)
+                # A sum whose terms cancel is off by a share of what they amount to.
+                assert getattr(role, term) == pytest.approx(value, rel=3 * CLOSE, abs=CLOSE * wanted.samples**0.5)
+            for operand, known in zip(role.operands, wanted.operands, strict=True):
+                assert (operand.operand, operand.elements) == (known.operand, known.elements)
+                assert operand.signal == pytest.approx(known.signal, rel=1e-5)
+                assert operand.noise == pytest.approx(known.noise, rel=CLOSE)
+                assert sum(operand.scales) == sum(known.scales)
+                moved = sum(abs(a - b) for a, b in zip(operand.before, known.before, strict=True))
+                assert moved <= CLOSE * known.elements
+
+
+def test_the_input_and_the_weights_are_the_same_bits() -> None:
+    """So what quantising does to them is the same, to the last count."""
+    here, there = (measured(device, torch.bfloat16, NEAREST) for device in ("cpu", "cuda"))
+    for site, expected in zip(there.sites, here.sites, strict=True):
+        pairs = list(zip(site.roles["fprop"].operands, expected.roles["fprop"].operands, strict=True))
+        for operand, known in pairs if site is there.sites[0] else pairs[1:]:
+            for counts in ("elements", "vanished", "saturated", "zeros", "before", "after", "scales"):
+                assert getattr(operand, counts) == getattr(known, counts), (site.site, operand.operand, counts)
+
+
+def test_a_run_is_repeated_with_stochastic_rounding() -> None:
+    assert (
+        measured("cuda", torch.bfloat16, Recipe("all")).sites == measured("cuda", torch.bfloat16, Recipe("all")).sites
+    )
+
+
+def test_switches_give_the_loss_that_they_give_on_the_cpu() -> None:
+    batch = torch.randn(4, 48, 96, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for device in ("cpu", "cuda"):
+        torch._dynamo.reset()
+        switched = SwitchedModel(network().to(device), everywhere("nvfp4"))
+        found[device] = [
+            switched.losses(sites, [batch.to(device)], loss)[0] for sites in ([], [("0", "fprop")], [("2", "fprop")])
+        ]
+    assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-3)
+    assert len(set(found["cuda"])) == 3
