@@ -28,7 +28,7 @@ class Launch:
     """A kernel with all of its arguments but tensors, for as many programs as given.
 
     types: of the tensors, None where there is none. numbers: after the tensors. constants: after those, in the kernel's
-    order. compiled: by which tensors are aligned.
+    order. compiled: what starts the kernel, by which tensors are aligned.
     """
 
     kernel: Any
@@ -49,13 +49,13 @@ class Launch:
             aligned = tuple(tensor is None or tensor.data_ptr() % LOAD_BYTES == 0 for tensor in tensors)
             found = self.compiled.get(aligned)
             if found is not None:
-                found[grid](*tensors, *self.numbers, *self.constants.values())
+                found(*tensors, *self.numbers, *self.constants.values())
                 return
             for compiling in _under_way.pop(self.kernel, ()):
                 compiling.exception()  # waits; what went wrong there goes wrong here again
             found = self.kernel[grid](*tensors, *self.numbers, **self.constants, **self._options)
             if not INTERPRETED:
-                self.compiled[aligned] = found
+                self.compiled[aligned] = found[grid]
 
     @property
     def _options(self) -> dict[str, Any]:

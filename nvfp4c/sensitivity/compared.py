@@ -12,8 +12,9 @@ from torch import Tensor
 
 from nvfp4c.sensitivity.quantized import Quantized, product, unscaled
 
-PART = 1 << 22
-"""Elements of a result that are compared at a time: what a comparison needs beside the operands stays small."""
+PART = {"cpu": 1 << 22, "cuda": 1 << 25}
+"""Elements of a result that are compared at a time: what a comparison needs beside the operands stays small. A GPU has
+the more memory, and takes as long to be told of a small part as of a large one."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Compared:
         left, right = self.rows
         *batch, m, n = (*left.shape[:-1], right.shape[-2])
         gradient = None if self.gradient is None else self.gradient.reshape(*batch, m, n)
-        step = max(1, PART // max(1, n * math.prod(batch)))
+        step = max(1, PART[left.device.type] // max(1, n * math.prod(batch)))
         totals, by_row = [], []
         for start in range(0, m, step):
             size = min(step, m - start)

@@ -247,7 +247,8 @@ def _fetch(lists: Sequence[list[Tensor]]) -> None:
 
 def _total(sums: Sequence[Tensor]) -> list[float]:
     """The sum of each place."""
-    return [sum(values) for values in zip(*(found.tolist() for found in sums), strict=True)]
+    first, *others = [found.tolist() for found in sums] or [[]]
+    return [sum(values) for values in zip(first, *others, strict=True)] if others else first
 
 
 class _Samples:
