@@ -205,9 +205,11 @@ def probe(
     from nvfp4c.recipe import DEFAULT_RECIPE
     from nvfp4c.tasks import load_task
 
+    name = "task"
     if task is None:
         device = choose_device(device)
-        loaded = measurement.quickstart_task(size_named(size or DEFAULT_SIZE[device]), device)
+        name = size or DEFAULT_SIZE[device]
+        loaded = measurement.quickstart_task(size_named(name), device)
     elif size is not None or device != "auto":
         raise OptionError("--size and --device are for the quickstart's GPT; a task brings its own model and device")
     else:
@@ -219,7 +221,7 @@ def probe(
     with progress() as watch:
         result = measurement.measure(loaded, rounds, passes, watch)
     record = Record(
-        f"bench-probe-{device}",
+        f"bench-probe-{device}-{name}",
         about(device, _command(), commit),
         {
             "model": loaded.name,
