@@ -106,12 +106,14 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_result(out, product, factor, bias, batch, row, column, columns):
+def store_result(out, product, factor, bias, residual, batch, row, column, columns):
     """Writes the epilogue of a product [R, C], whose corner lies at row and column of a matrix of the batch."""
     result = product * factor
     if bias is not None:
         place = column + tl.arange(0, product.shape[1])
         result = result + to_float32(tl.load(bias + place, mask=place < columns, other=0.0))[None, :]
+    if residual is not None:
+        result = result + to_float32(tl.reshape(residual.load([batch, row, column]), product.shape))
     result = tl.reshape(rounded(result, out.dtype), [1, product.shape[0], product.shape[1]])
     out.store([batch, row, column], result)
 
@@ -125,6 +127,7 @@ def block_scaled_gemm(
     b_scales,
     b_amax,
     bias,
+    residual,
     out,
     batches,
     rows,
@@ -136,12 +139,12 @@ def block_scaled_gemm(
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """out [batches, rows, columns] = a times the transpose of b, times the global factor, plus bias.
+    """out [batches, rows, columns] = a times the transpose of b, times the global factor, plus bias, plus residual.
 
     a, b: descriptors of codes, all batches' rows one below the other, k / 2 bytes each. a_scales, b_scales: descriptors
-    of tiles of scales, likewise. out: a descriptor whose box is half a tile. As many programs as fit on the GPU go
-    through all tiles. What a tile reads beyond its own matrix is the next one's, and ends in rows and columns that are
-    not written.
+    of tiles of scales, likewise. residual, out: descriptors whose box is half a tile. As many programs as fit on the
+    GPU go through all tiles. What a tile reads beyond its own matrix is the next one's, and ends in rows and columns
+    that are not written.
     """
     down = tl.cdiv(rows, ROWS)
     across = tl.cdiv(columns, COLUMNS)
@@ -172,8 +175,8 @@ def block_scaled_gemm(
 
         # In halves, for each passes through shared memory on its way out.
         left, right = tl.split(tl.permute(tl.reshape(product, [ROWS, 2, COLUMNS // 2]), [0, 2, 1]))
-        store_result(out, left, factor, bias, batch, row, column, columns)
-        store_result(out, right, factor, bias, batch, row, column + COLUMNS // 2, columns)
+        store_result(out, left, factor, bias, residual, batch, row, column, columns)
+        store_result(out, right, factor, bias, residual, batch, row, column + COLUMNS // 2, columns)
 
 
 def block_scaled_mm(
@@ -184,6 +187,7 @@ def block_scaled_mm(
     b_scales: Tensor,
     b_amax: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     out_dtype: torch.dtype,
     tile: GemmTile,
     emulated: bool = False,
@@ -191,17 +195,18 @@ def block_scaled_mm(
     """The product of packed operands: `nvfp4.scaled_mm` with scales in the swizzled layout.
 
     a_codes: uint8 [M, K / 2] or [B, M, K / 2], K a multiple of 16; b_codes the same with N rows. a_scales, b_scales:
-    what `scale_layout.swizzle` gives. a_amax, b_amax: float32 scalars. bias: [N], or None. tile: one of TILES, or
-    EMULATED_TILE where `emulated`, for GPUs without FP4. Returns [M, N] or [B, M, N] in out_dtype.
+    what `scale_layout.swizzle` gives. a_amax, b_amax: float32 scalars. bias: [N], or None. residual: of the result's
+    shape, or None. tile: one of TILES, or EMULATED_TILE where `emulated`, for GPUs without FP4. Returns [M, N] or
+    [B, M, N] in out_dtype.
     """
     lead, rows, columns = a_codes.shape[:-2], a_codes.shape[-2], b_codes.shape[-2]
     k = 2 * a_codes.shape[-1]
     if k == 0 or 0 in (*lead, rows, columns):
         nothing = a_codes.new_zeros((*lead, rows, columns), dtype=torch.float32)
-        return dialect.scale_product(nothing, a_amax, b_amax, bias, out_dtype)
+        return dialect.scale_product(nothing, a_amax, b_amax, bias, residual, out_dtype)
     batches = lead.numel()
-    wide = -columns % (TMA_BYTES // out_dtype.itemsize) + columns
-    out = a_codes.new_empty((batches, rows, wide), dtype=out_dtype)[..., :columns]
+    out = a_codes.new_empty((batches, rows, _wide(columns, out_dtype)), dtype=out_dtype)[..., :columns]
+    box = (1, tile.rows, tile.columns // 2)
     tiles = batches * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
     with torch.cuda.device_of(a_codes):
         block_scaled_gemm[(min(tiles, _programs(a_codes.device)),)](
@@ -212,7 +217,8 @@ def block_scaled_mm(
             _scales_descriptor(b_scales, tile.columns, tile, emulated),
             b_amax,
             bias,
-            _descriptor(out, (1, tile.rows, tile.columns // 2)),
+            None if residual is None else _descriptor(_for_tma(residual.reshape(batches, rows, columns)), box),
+            _descriptor(out, box),
             batches,
             rows,
             columns,
@@ -237,6 +243,20 @@ def _descriptor(x: Tensor, block: Sequence[int]) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
 
 
+def _wide(columns: int, dtype: torch.dtype) -> int:
+    """How long rows of so many elements are for TMA."""
+    return -columns % (TMA_BYTES // dtype.itemsize) + columns
+
+
+def _for_tma(x: Tensor) -> Tensor:
+    """A batch of matrices, or a copy of it in wider rows, whose rows and addresses TMA takes."""
+    *steps, within = (step * x.element_size() for step in x.stride())
+    if within == x.element_size() and all(step > 0 and step % TMA_BYTES == 0 for step in (*steps, x.data_ptr())):
+        return x
+    wide = x.new_empty((*x.shape[:-1], _wide(x.shape[-1], x.dtype)))
+    return wide[..., : x.shape[-1]].copy_(x)
+
+
 def _codes_descriptor(codes: Tensor, rows: int, tile: GemmTile) -> TensorDescriptor:
     codes = F.pad(codes, (0, -codes.shape[-1] % TMA_BYTES)).flatten(0, -2).contiguous()
     if codes.data_ptr() % TMA_BYTES:
@@ -253,31 +273,41 @@ def _scales_descriptor(scales: Tensor, rows: int, tile: GemmTile, emulated: bool
     return _descriptor(tiles.view(torch.uint8 if emulated else torch.float8_e4m3fn), block)
 
 
-def assemble_gemm(target: str, out_dtype: torch.dtype, bias_dtype: torch.dtype | None) -> Assembly:
-    """The kernel as `target` would run it, without a GPU. bias_dtype: None for no bias.
+def assemble_gemm(
+    target: str, out_dtype: torch.dtype, bias_dtype: torch.dtype | None, residual_dtype: torch.dtype | None
+) -> Assembly:
+    """The kernel as `target` would run it, without a GPU. bias_dtype, residual_dtype: None where there is none.
 
     Raises TargetError for a target without FP4 tensor cores.
     """
     if target not in TILES:
         raise TargetError(f"target {target!r} has no FP4 tensor cores; use one of {', '.join(TILES)}")
-    return _assemble(target, TILES[target], out_dtype, bias_dtype, emulated=False)
+    return _assemble(target, TILES[target], out_dtype, bias_dtype, residual_dtype, emulated=False)
 
 
-def assemble_emulated_gemm(target: str, out_dtype: torch.dtype, bias_dtype: torch.dtype | None) -> Assembly:
+def assemble_emulated_gemm(
+    target: str, out_dtype: torch.dtype, bias_dtype: torch.dtype | None, residual_dtype: torch.dtype | None
+) -> Assembly:
     """The same with the product emulated, for any target that Triton knows."""
-    return _assemble(target, EMULATED_TILE, out_dtype, bias_dtype, emulated=True)
+    return _assemble(target, EMULATED_TILE, out_dtype, bias_dtype, residual_dtype, emulated=True)
 
 
 def _assemble(
-    target: str, tile: GemmTile, out_dtype: torch.dtype, bias_dtype: torch.dtype | None, emulated: bool
+    target: str,
+    tile: GemmTile,
+    out_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+    residual_dtype: torch.dtype | None,
+    emulated: bool,
 ) -> Assembly:
     scale = "u8" if emulated else "fp8e4nv"
+    box = f"[1, {tile.rows}, {tile.columns // 2}]"
     types = {
         "a": f"tensordesc<u8[{tile.rows}, {tile.depth // 2}]>",
         "b": f"tensordesc<u8[{tile.columns}, {tile.depth // 2}]>",
         "a_scales": f"tensordesc<{scale}[{tile.rows // 128}, {tile.depth // 64}, 2, 256]>",
         "b_scales": f"tensordesc<{scale}[{tile.columns // 128}, {tile.depth // 64}, 2, 256]>",
-        "out": f"tensordesc<{TRITON_NAMES[out_dtype]}[1, {tile.rows}, {tile.columns // 2}]>",
+        "out": f"tensordesc<{TRITON_NAMES[out_dtype]}{box}>",
         **dict.fromkeys(("a_amax", "b_amax"), "*fp32"),
         **dict.fromkeys(("batches", "rows", "columns", "k"), "i32"),
     }
@@ -292,4 +322,8 @@ def _assemble(
         constants["bias"] = None
     else:
         types["bias"] = f"*{TRITON_NAMES[bias_dtype]}"
+    if residual_dtype is None:
+        constants["residual"] = None
+    else:
+        types["residual"] = f"tensordesc<{TRITON_NAMES[residual_dtype]}{box}>"
     return assemble(block_scaled_gemm, target, types, constants, num_warps=tile.warps)

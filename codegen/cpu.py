@@ -64,10 +64,16 @@ def operand(
 
 
 def product(
-    a: Tensor, b: Tensor, a_amax: Tensor, b_amax: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    a: Tensor,
+    b: Tensor,
+    a_amax: Tensor,
+    b_amax: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """nvfp4.product."""
-    return dialect.scale_product(torch.matmul(a, b.mT), a_amax, b_amax, bias, out_dtype)
+    return dialect.scale_product(torch.matmul(a, b.mT), a_amax, b_amax, bias, residual, out_dtype)
 
 
 def _hadamard(x: Tensor, signs: Sequence[int]) -> Tensor:

@@ -1,8 +1,8 @@
-"""A BF16 product with its global factor and bias in the FP32 epilogue: `cublasLtMatmul`, called through ctypes.
+"""A BF16 product with its factor, bias and residual in the FP32 epilogue: `cublasLtMatmul`, called through ctypes.
 
 torch takes a product's factor only as a number known on the host. Ours, amax_a * amax_b / 2688^2, is on the GPU;
 applied after torch.mm it would cost a second rounding or an FP32 product in memory. cuBLASLt reads it from the device,
-adds the bias, and rounds once. The library is the one that torch has loaded.
+adds the residual and the bias, and rounds once. The library is the one that torch has loaded.
 Source: cuBLAS documentation, "Using the cuBLASLt API".
 """
 
@@ -90,11 +90,14 @@ def _check(status: int) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """A problem as cuBLASLt describes it, and the algorithm it picked: host memory only, which is never given back."""
+    """A problem as cuBLASLt describes it, and the algorithm it picked: host memory only, which is never given back.
+
+    layouts: of its A, B, C and D.
+    """
 
     handle: ctypes.c_void_p
     description: ctypes.c_void_p
-    layouts: tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    layouts: tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     heuristic: Heuristic
     algorithm: int
 
@@ -113,6 +116,8 @@ class Matrix:
 
 
 Strides = tuple[int, ...]
+Place = tuple[Strides, Strides, int]
+"""Shape and strides of a tensor, and what its address is a multiple of."""
 
 
 def _matrix(shape: Strides, stride: Strides) -> Matrix | None:
@@ -143,15 +148,15 @@ def _layout(dtype: torch.dtype, matrix: Matrix) -> ctypes.c_void_p:
 @lru_cache(maxsize=PLANS_KEPT)
 def _plan(
     device: torch.device,
-    a: tuple[Strides, Strides],
-    b: tuple[Strides, Strides],
+    a: Place,
+    b: Place,
+    residual: Place | None,
     dtype: torch.dtype,
     out_dtype: torch.dtype,
-    with_bias: bool,
-    alignments: tuple[int, int],
+    bias: bool,
 ) -> Plan | None:
-    """a, b: shape and strides; alignments: of their addresses. None where the library cannot do it."""
-    left, right = _matrix(*b), _matrix(*a)
+    """bias: whether there is one. None where the library cannot do it."""
+    left, right = _matrix(*b[:2]), _matrix(*a[:2])
     if library() is None or left is None or right is None or out_dtype not in TYPES or 0 in (*a[0], *b[0]):
         return None
     cublas = _library()
@@ -162,22 +167,23 @@ def _plan(
     # By columns a contiguous [N, K] is [K, N]: cuBLAS's A is asked for as [N, K], its B as [K, M], and D is [N, M].
     _set(setter, description, TRANSPOSE_A, ctypes.c_int32(not left.flipped))
     _set(setter, description, TRANSPOSE_B, ctypes.c_int32(right.flipped))
-    if with_bias:
+    if bias:
         _set(setter, description, EPILOGUE, ctypes.c_int32(EPILOGUE_BIAS))
     m, n = a[0][-2], b[0][-2]
     out = Matrix(n, m, n, left.count, m * n, False)
-    layouts = _layout(dtype, left), _layout(dtype, right), _layout(out_dtype, out)
+    added = None if residual is None else _matrix(*residual[:2])
+    assert added is None or not added.flipped, "callers give it by rows"
+    layouts = _layout(dtype, left), _layout(dtype, right), _layout(out_dtype, added or out), _layout(out_dtype, out)
     preference = ctypes.c_void_p()
     _check(cublas.cublasLtMatmulPreferenceCreate(ctypes.byref(preference)))
     setter = "cublasLtMatmulPreferenceSetAttribute"
     _set(setter, preference, PREFERENCE_WORKSPACE, ctypes.c_uint64(WORKSPACE_BYTES))
     _set(setter, preference, PREFERENCE_REDUCTIONS, ctypes.c_uint32(REDUCED_IN_FP32))
-    for attribute, alignment in zip(
-        PREFERENCE_ALIGNMENTS, (alignments[1], alignments[0], ALIGNED, ALIGNED), strict=True
-    ):
+    alignments = (b[2], a[2], ALIGNED if residual is None else residual[2], ALIGNED)
+    for attribute, alignment in zip(PREFERENCE_ALIGNMENTS, alignments, strict=True):
         _set(setter, preference, attribute, ctypes.c_uint32(alignment))
     heuristic, found = Heuristic(), ctypes.c_int()
-    problem = _handle(device), description, *layouts, layouts[2], preference
+    problem = _handle(device), description, *layouts, preference
     status = cublas.cublasLtMatmulAlgoGetHeuristic(*problem, 1, ctypes.byref(heuristic), ctypes.byref(found))
     cublas.cublasLtMatmulPreferenceDestroy(preference)
     if status or not found.value:
@@ -185,39 +191,53 @@ def _plan(
     return Plan(_handle(device), description, layouts, heuristic, ctypes.addressof(heuristic))
 
 
-def _alignment(address: int) -> int:
-    return min(address & -address, ALIGNED)
+def _place(x: Tensor) -> Place:
+    address = x.data_ptr()
+    return x.shape, x.stride(), min(address & -address, ALIGNED)
 
 
-def _fuses(a: Tensor, b: Tensor, bias: Tensor, out_dtype: torch.dtype) -> bool:
-    """Whether a bias is added before the rounding.
+def _fuses(a: Tensor, b: Tensor, bias: Tensor | None, residual: Tensor | None, out_dtype: torch.dtype) -> bool:
+    """Whether what there is of bias and residual is added before the rounding.
 
     With sizes that fill no 16 bytes cuBLASLt was seen to round first, and to add the bias to that: on an H100 with CUDA
-    13, 20% of the results of a 333 x 77 x 160 product differed.
+    13, 20% of the results of a 333 x 77 x 160 product differed. A residual is not given to it there either.
     """
+    added = [x for x in (bias, residual) if x is not None]
+    if not added:
+        return True
     whole = all(size % VECTOR == 0 for size in (*a.shape[-2:], b.shape[-2]))
-    whole = whole and all(x.data_ptr() % (2 * VECTOR) == 0 for x in (a, b, bias))
-    return whole and bias.shape == b.shape[-2:-1] and bias.dtype == out_dtype and bias.stride(-1) == 1
+    whole = whole and all(x.data_ptr() % (2 * VECTOR) == 0 for x in (a, b, *added))
+    vector = bias is None or (bias.shape == b.shape[-2:-1] and bias.stride(-1) == 1)
+    return whole and vector and all(x.dtype == out_dtype for x in added)
 
 
-def product(a: Tensor, b: Tensor, factors: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor | None:
-    """(a @ b^T) * factors[0] + bias, rounded once: [.., M, N] in `out_dtype`.
+def _by_rows(x: Tensor) -> Tensor:
+    """A residual, or a copy of it, whose rows lie without gaps within, and each in whole vectors."""
+    *steps, within = x.stride()
+    by_rows = within == 1 and steps[-1] >= x.shape[-1] and all(step > 0 and step % VECTOR == 0 for step in steps)
+    return x if by_rows else x.contiguous()
 
-    a: [.., M, K], b: [.., N, K], bfloat16, either axis contiguous; factors: float32 [2] on the GPU, the second 0: what
-    cuBLASLt multiplies the result's old contents by; bias: [N] in `out_dtype`. None where cuBLASLt cannot do it: the
-    caller has another way.
+
+def product(
+    a: Tensor, b: Tensor, factors: Tensor, bias: Tensor | None, residual: Tensor | None, out_dtype: torch.dtype
+) -> Tensor | None:
+    """(a @ b^T) * factors[0] + residual + bias, rounded once: [.., M, N] in `out_dtype`.
+
+    a: [.., M, K], b: [.., N, K], bfloat16, either axis contiguous; factors: float32 [3] on the GPU, the second 0, the
+    third 1: what cuBLASLt multiplies a residual by that is not there, and one that is; bias: [N] in `out_dtype`;
+    residual: [.., M, N] in `out_dtype`, only read. None where cuBLASLt cannot do it: the caller has another way.
     """
-    left, right = b.data_ptr(), a.data_ptr()
-    if bias is not None and not _fuses(a, b, bias, out_dtype):
+    if not _fuses(a, b, bias, residual, out_dtype):
         return None
-    shapes = (a.shape, a.stride()), (b.shape, b.stride())
-    aligned = _alignment(right), _alignment(left)
-    plan = _plan(a.device, *shapes, a.dtype, out_dtype, bias is not None, aligned)
+    added = None if residual is None else _by_rows(residual)
+    place = None if added is None else _place(added)
+    plan = _plan(a.device, _place(a), _place(b), place, a.dtype, out_dtype, bias is not None)
     if plan is None:
         return None
     out = a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=out_dtype)
     workspace = a.new_empty(plan.heuristic.workspace_bytes, dtype=torch.uint8)
-    layout_a, layout_b, layout_out = plan.layouts
+    layout_a, layout_b, layout_c, layout_out = plan.layouts
+    beta = factors.data_ptr() + (1 if added is None else 2) * factors.element_size()
     with LOCK:
         if bias is not None:
             _set("cublasLtMatmulDescSetAttribute", plan.description, BIAS_POINTER, ctypes.c_void_p(bias.data_ptr()))
@@ -225,13 +245,13 @@ def product(a: Tensor, b: Tensor, factors: Tensor, bias: Tensor | None, out_dtyp
             plan.handle,
             plan.description,
             factors.data_ptr(),
-            left,
+            b.data_ptr(),
             layout_a,
-            right,
+            a.data_ptr(),
             layout_b,
-            factors.data_ptr() + factors.element_size(),
-            out.data_ptr(),
-            layout_out,
+            beta,
+            (out if added is None else added).data_ptr(),
+            layout_c,
             out.data_ptr(),
             layout_out,
             plan.algorithm,

@@ -71,6 +71,8 @@ def unpack_columns(codes, scales, values, rows, columns, GROUPS: tl.constexpr, C
 
 @triton.jit
 def product_factors(a_amax, b_amax, factors):
-    """Writes the global factor of two operands, then 0: what a library's product is told to scale by, and to add."""
+    """Writes the global factor of two operands, then 0 and 1: what a library is told to multiply a product by, and what
+    it adds to that, where there is nothing to add and where there is."""
     tl.store(factors, global_factor(tl.load(a_amax), tl.load(b_amax)))
     tl.store(factors + 1, 0.0)
+    tl.store(factors + 2, 1.0)

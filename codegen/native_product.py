@@ -19,7 +19,8 @@ from nvfp4c import dialect
 from nvfp4c.codegen import block_scaled_gemm, chips
 from nvfp4c.codegen.block_scaled_gemm import EMULATED_TILE, TILES, GemmTile
 from nvfp4c.codegen.launching import INTERPRETED
-from nvfp4c.codegen.operations import DISPATCH_KEYS, LIBRARY, and_bias
+from nvfp4c.codegen.operations import DISPATCH_KEYS, LIBRARY
+from nvfp4c.dialect import add_terms
 from nvfp4c.numerics import global_factor
 
 LIBRARY_BYTES = 16
@@ -37,12 +38,13 @@ def block_scaled_mm(
     b_scales: Tensor,
     b_amax: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """dialect.block_scaled_mm by the kernel. bias: [N] without gaps, or None."""
+    """dialect.block_scaled_mm by the kernel. bias: [N] without gaps, or None. residual: [.., M, N], or None."""
     tile, emulated = _tile(a_codes.device)
     operands = a_codes, a_scales, a_amax, b_codes, b_scales, b_amax
-    return block_scaled_gemm.block_scaled_mm(*operands, bias, out_dtype, tile, emulated)
+    return block_scaled_gemm.block_scaled_mm(*operands, bias, residual, out_dtype, tile, emulated)
 
 
 def _tile(device: torch.device) -> tuple[GemmTile, bool]:
@@ -60,7 +62,8 @@ def library_mm(
     b_amax: Tensor,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """dialect.block_scaled_mm without a bias, by `torch.nn.functional.scaled_mm`, one matrix of a batch after another.
+    """dialect.block_scaled_mm without terms to add, by `torch.nn.functional.scaled_mm`, one matrix of a batch after
+    another.
 
     What cuBLAS does not take is padded with zeros; scales are padded already. Its factor is the product of two, which
     the library is given as ours and 1. It has no product without terms.
@@ -68,7 +71,7 @@ def library_mm(
     rows, columns = a_codes.shape[-2], b_codes.shape[-2]
     if a_codes.numel() == 0 or b_codes.numel() == 0:
         nothing = a_codes.new_zeros((*a_codes.shape[:-1], columns), dtype=torch.float32)
-        return dialect.scale_product(nothing, a_amax, b_amax, None, out_dtype)
+        return dialect.scale_product(nothing, a_amax, b_amax, None, None, out_dtype)
     factors = global_factor(a_amax, b_amax), torch.ones_like(b_amax)
     short = -a_codes.shape[-1] % LIBRARY_BYTES
     a = F.pad(a_codes, (0, short)).reshape(-1, rows, a_codes.shape[-1] + short)
@@ -101,7 +104,7 @@ def _fake(a_codes: Tensor, a_scales: Tensor, a_amax: Tensor, b_codes: Tensor, *o
 
 _OPERANDS = "Tensor a_codes, Tensor a_scales, Tensor a_amax, Tensor b_codes, Tensor b_scales, Tensor b_amax"
 _OPERATIONS: tuple[tuple[str, str, Callable[..., Tensor]], ...] = (
-    ("block_scaled_mm", f"{_OPERANDS}, Tensor? bias, ScalarType out_dtype", block_scaled_mm),
+    ("block_scaled_mm", f"{_OPERANDS}, Tensor? bias, Tensor? residual, ScalarType out_dtype", block_scaled_mm),
     ("library_mm", f"{_OPERANDS}, ScalarType out_dtype", library_mm),
 )
 for _name, _arguments, _implementation in _OPERATIONS:
@@ -122,14 +125,15 @@ def by_triton(
     b_scales: Tensor,
     b_amax: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """dialect.block_scaled_mm by the kernel. A bias that is no vector of N is left to Inductor."""
+    """dialect.block_scaled_mm by the kernel. A bias that is no vector of N is left to Inductor, and what follows it."""
     operands = a_codes, a_scales, a_amax, b_codes, b_scales, b_amax
     vector = bias is not None and bias.dim() == 1 and statically_known_true(bias.shape[0] == b_codes.shape[-2])
     if bias is None or vector:
-        return BLOCK_SCALED_MM(*operands, None if bias is None else bias.contiguous(), out_dtype)
-    return and_bias(BLOCK_SCALED_MM(*operands, None, torch.float32), bias, out_dtype)
+        return BLOCK_SCALED_MM(*operands, None if bias is None else bias.contiguous(), residual, out_dtype)
+    return add_terms(BLOCK_SCALED_MM(*operands, None, None, torch.float32), bias, residual, out_dtype)
 
 
 def by_library(
@@ -140,10 +144,11 @@ def by_library(
     b_scales: Tensor,
     b_amax: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """dialect.block_scaled_mm by the library, which is not known to add a bias before it rounds: that is Inductor's."""
+    """dialect.block_scaled_mm by the library, which is not known to add anything before it rounds: Inductor does."""
     operands = a_codes, a_scales, a_amax, b_codes, b_scales, b_amax
-    if bias is None:
+    if bias is None and residual is None:
         return LIBRARY_MM(*operands, out_dtype)
-    return and_bias(LIBRARY_MM(*operands, torch.float32), bias, out_dtype)
+    return add_terms(LIBRARY_MM(*operands, torch.float32), bias, residual, out_dtype)

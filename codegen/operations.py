@@ -195,7 +195,7 @@ def unpacking(shape: tuple[int, ...], down: bool, device: torch.device) -> Launc
 
 @cache
 def product_factors(device: torch.device) -> Launch:
-    """The launch that gives, of a product's two amaxes, its global factor and 0. device: as in `unpacking`."""
+    """The launch that gives, of a product's two amaxes, its global factor, 0 and 1. device: as in `unpacking`."""
     return Launch(kernels.product_factors, 1, (torch.float32,) * 3, (), {}, warps=1)
 
 
@@ -214,23 +214,33 @@ def dequantize(codes: Tensor, scales: Tensor, k: int, down: bool) -> Tensor:
 
 
 def product(
-    a: Tensor, b: Tensor, a_amax: Tensor, b_amax: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    a: Tensor,
+    b: Tensor,
+    a_amax: Tensor,
+    b_amax: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """dialect.product of operands one of whose axes is contiguous: in FP32, rounded once.
 
-    a: [.., M, K]; b: [.., N, K]; bias: broadcastable to the result. Operands are neither copied nor transposed.
+    a: [.., M, K]; b: [.., N, K]; bias: broadcastable to the result; residual: [.., M, N]. Operands are neither copied
+    nor transposed. With both, cuBLASLt adds the residual first.
     """
-    factors = a_amax.new_empty(2)
+    factors = a_amax.new_empty(3)
     # A launch of its own: Inductor would take longer to compile as many.
     product_factors(a.device)((a_amax, b_amax, factors))
-    return _scaled(a, b, factors, bias, out_dtype)
+    return _scaled(a, b, factors, bias, residual, out_dtype)
 
 
-def _scaled(a: Tensor, b: Tensor, factors: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def _scaled(
+    a: Tensor, b: Tensor, factors: Tensor, bias: Tensor | None, residual: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
     with on_device_of(a):
-        found = None if INTERPRETED else cublas.product(a, b, factors, bias, out_dtype)
-        if found is None and bias is not None:
-            return and_bias(_scaled(a, b, factors, None, torch.float32), bias, out_dtype)
+        found = None if INTERPRETED else cublas.product(a, b, factors, bias, residual, out_dtype)
+        terms = [term for term in (bias, residual) if term is not None]
+        if found is None and terms:
+            return _added(_scaled(a, b, factors, None, None, torch.float32), terms, out_dtype)
     if found is None:
         multiply = torch.mm if a.dim() == 2 else torch.bmm
         exact = multiply(a.float(), b.mT.float()) if INTERPRETED else multiply(a, b.mT, out_dtype=torch.float32)
@@ -238,9 +248,11 @@ def _scaled(a: Tensor, b: Tensor, factors: Tensor, bias: Tensor | None, out_dtyp
     return found
 
 
-def and_bias(product: Tensor, bias: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """What is left of the epilogue where the kernel did not add the bias: in float32, before the one rounding."""
-    return (product + bias.float()).to(out_dtype)
+def _added(product: Tensor, terms: Sequence[Tensor], out_dtype: torch.dtype) -> Tensor:
+    """dialect.add_terms to a float32 product, in one kernel a term; the last of them rounds. Terms are no wider."""
+    for term in terms[:-1]:
+        product = product + term
+    return torch.add(product, terms[-1], out=product.new_empty(product.shape, dtype=out_dtype))
 
 
 def _fake_dequantize(codes: Tensor, scales: Tensor, k: int, down: bool) -> Tensor:

@@ -173,9 +173,13 @@ def scaled_mm(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """k: length of the contraction axis; beyond it there are only zeros (of rotated operands all blocks are whole)."""
-    a = numerics.block_values(numerics.unpack(a_codes), a_scales)
-    b = numerics.block_values(numerics.unpack(b_codes), b_scales)
-    return scale_product(torch.matmul(a, b.transpose(-1, -2)), a_amax, b_amax, bias, out_dtype)
+    a, b = operand_values(a_codes, a_scales), operand_values(b_codes, b_scales)
+    return scale_product(torch.matmul(a, b.mT), a_amax, b_amax, bias, None, out_dtype)
+
+
+def operand_values(codes: Tensor, scales: Tensor) -> Tensor:
+    """code * scale of packed codes, in whole blocks."""
+    return numerics.block_values(numerics.unpack(codes), scales)
 
 
 def block_scaled_mm(
@@ -186,25 +190,42 @@ def block_scaled_mm(
     b_scales: Tensor,
     b_amax: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """scaled_mm of operands in the native layout, over whole blocks: beyond the contraction axis there are only zeros.
 
-    a_codes: uint8 [.., M, K / 2], a_scales: [.., *swizzled_shape(M, K / 16)]; b the same with N rows.
+    a_codes: uint8 [.., M, K / 2], a_scales: [.., *swizzled_shape(M, K / 16)]; b the same with N rows. residual:
+    [.., M, N], added last.
     """
     k = 2 * a_codes.shape[-1]
     a_scales = unswizzle(a_scales, a_codes.shape[-2], block_count(k))
     b_scales = unswizzle(b_scales, b_codes.shape[-2], block_count(k))
-    return scaled_mm(a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, k, bias, out_dtype)
+    a, b = operand_values(a_codes, a_scales), operand_values(b_codes, b_scales)
+    return scale_product(torch.matmul(a, b.mT), a_amax, b_amax, bias, residual, out_dtype)
 
 
 def scale_product(
-    product: Tensor, a_amax: Tensor, b_amax: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    product: Tensor,
+    a_amax: Tensor,
+    b_amax: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    """The epilogue of every scaled matmul: the global factor, then the bias, in FP32, then one rounding."""
-    product = product.float() * numerics.global_factor(a_amax, b_amax)
-    if bias is not None:
-        product = product + bias.float()
+    """The epilogue of every scaled matmul: the global factor, then the bias, then the residual, in FP32, then one
+    rounding.
+
+    residual: what is added to the result, of its shape, in any float type and anywhere in memory.
+    """
+    return add_terms(product.float() * numerics.global_factor(a_amax, b_amax), bias, residual, out_dtype)
+
+
+def add_terms(product: Tensor, bias: Tensor | None, residual: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """What follows the factor in `scale_product`; product: float32."""
+    for term in (bias, residual):
+        if term is not None:
+            product = product + term.float()
     return product.to(out_dtype)
 
 
@@ -226,10 +247,16 @@ def weight(w: Tensor, dtype: torch.dtype, region: str, sure: bool) -> list[Tenso
 
 
 def product(
-    a: Tensor, b: Tensor, a_amax: Tensor, b_amax: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    a: Tensor,
+    b: Tensor,
+    a_amax: Tensor,
+    b_amax: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    """scaled_mm of operands already dequantised, without their global factors."""
-    return scale_product(torch.matmul(a.float(), b.float().mT), a_amax, b_amax, bias, out_dtype)
+    """scaled_mm of operands already dequantised, without their global factors; residual: [.., M, N], added last."""
+    return scale_product(torch.matmul(a.float(), b.float().mT), a_amax, b_amax, bias, residual, out_dtype)
 
 
 def _packed_like(x: Tensor, rows: int, k: int) -> tuple[Tensor, Tensor]:
@@ -289,7 +316,13 @@ def _fake_weight(w: Tensor, dtype: torch.dtype, region: str, sure: bool) -> list
 
 
 def _fake_product(
-    a: Tensor, b: Tensor, a_amax: Tensor, b_amax: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    a: Tensor,
+    b: Tensor,
+    a_amax: Tensor,
+    b_amax: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     return a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=out_dtype)
 
@@ -302,6 +335,7 @@ def _fake_block_scaled_mm(
     b_scales: Tensor,
     b_amax: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     return a_codes.new_empty((*a_codes.shape[:-1], b_codes.shape[-2]), dtype=out_dtype)
@@ -344,13 +378,14 @@ _OPERATIONS = (
     ("region(Tensor[] inputs, Tensor[] amaxes, Tensor? seed, str region) -> Tensor[]", region_outputs, _fake_region),
     ("weight(Tensor w, ScalarType dtype, str region, bool sure) -> Tensor[]", weight, _fake_weight),
     (
-        "product(Tensor a, Tensor b, Tensor a_amax, Tensor b_amax, Tensor? bias, ScalarType out_dtype) -> Tensor",
+        "product(Tensor a, Tensor b, Tensor a_amax, Tensor b_amax, Tensor? bias, Tensor? residual, "
+        "ScalarType out_dtype) -> Tensor",
         product,
         _fake_product,
     ),
     (
         "block_scaled_mm(Tensor a_codes, Tensor a_scales, Tensor a_amax, Tensor b_codes, Tensor b_scales, "
-        "Tensor b_amax, Tensor? bias, ScalarType out_dtype) -> Tensor",
+        "Tensor b_amax, Tensor? bias, Tensor? residual, ScalarType out_dtype) -> Tensor",
         block_scaled_mm,
         _fake_block_scaled_mm,
     ),
@@ -382,6 +417,9 @@ REGION = torch.ops.nvfp4.region.default
 WEIGHT = torch.ops.nvfp4.weight.default
 PRODUCT = torch.ops.nvfp4.product.default
 BLOCK_SCALED_MM = torch.ops.nvfp4.block_scaled_mm.default
+
+RESIDUAL = -2
+"""The place of the residual among the arguments of PRODUCT and of BLOCK_SCALED_MM."""
 
 OPERATIONS: frozenset[Target] = frozenset(
     {HADAMARD, AMAX, QUANTIZE, TRANSPOSE, DEQUANTIZE, SCALED_MM, REGION, WEIGHT, PRODUCT, BLOCK_SCALED_MM}

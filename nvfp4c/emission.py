@@ -113,6 +113,7 @@ class NativeProduct:
 
     out_dtype: torch.dtype
     bias_dtype: torch.dtype | None
+    residual_dtype: torch.dtype | None
     stem: str = "block_scaled_gemm"
 
     @property
@@ -126,10 +127,11 @@ class NativeProduct:
     @property
     def specialisation(self) -> tuple[str, ...]:
         bias = f"a bias in {_name(self.bias_dtype)}" if self.bias_dtype else "no bias"
-        return (f"a result in {_name(self.out_dtype)}", bias)
+        residual = f"a residual in {_name(self.residual_dtype)}" if self.residual_dtype else "no residual"
+        return (f"a result in {_name(self.out_dtype)}", bias, residual)
 
     def assemble(self, target: str) -> Assembly:
-        return block_scaled_gemm.assemble_gemm(target, self.out_dtype, self.bias_dtype)
+        return block_scaled_gemm.assemble_gemm(target, self.out_dtype, self.bias_dtype, self.residual_dtype)
 
 
 Program = Launched | NativeProduct
@@ -263,14 +265,13 @@ def _launches(node: fx.Node, capability: tuple[int, int]) -> Sequence[Program]:
 
 def _multiplying(node: fx.Node) -> NativeProduct | None:
     """What `native_product.by_triton` launches; None for an empty product. A bias that is no vector is not its own."""
-    a, _, _, b, _, _, bias, dtype = arguments(node)
+    a, _, _, b, _, _, bias, residual, dtype = arguments(node)
     if 0 in numbers((*a.meta["val"].shape, *b.meta["val"].shape)):
         return None
-    if bias is None:
-        return NativeProduct(dtype, None)
-    given = bias.meta["val"]
-    vector = numbers(given.shape) == numbers(b.meta["val"].shape[-2:-1])
-    return NativeProduct(dtype, given.dtype) if vector else NativeProduct(torch.float32, None)
+    if bias is not None and numbers(bias.meta["val"].shape) != numbers(b.meta["val"].shape[-2:-1]):
+        return NativeProduct(torch.float32, None, None)
+    bias_dtype, residual_dtype = (None if term is None else term.meta["val"].dtype for term in (bias, residual))
+    return NativeProduct(dtype, bias_dtype, residual_dtype)
 
 
 def _launched(launch: Launch, region: Region | None) -> Launched:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import torch
 from torch import Tensor, fx
 
 from nvfp4c import cost
-from nvfp4c.dialect import REGION, WEIGHT, arguments
+from nvfp4c.dialect import BLOCK_SCALED_MM, PRODUCT, REGION, RESIDUAL, WEIGHT, arguments
 from nvfp4c.errors import OptionError, nearest
 from nvfp4c.formats import BLOCK
 from nvfp4c.fused_graphs import Half, fused_graphs, sites
@@ -29,7 +30,8 @@ class Weighed:
 
 @dataclass(frozen=True)
 class KernelRow:
-    """One region. computes: its outputs. operations: of its prologue, or of what was left to Inductor.
+    """One region, weight, or product with a residual. computes: its outputs. operations: of a region's prologue, or of
+    what was left to Inductor.
 
     reads: the shapes of its inputs. bytes: predicted, each input read once and each output written once. sites: the
     matmuls that it serves. decision: the way chosen, "" where there was no choice; ways: what was weighed.
@@ -58,19 +60,35 @@ def described(computes: str, operations: Sequence[str], decision: str, reads: Se
 
 
 def kernel_plan(task: Task, options: Options, target: str) -> list[KernelRow]:
-    """A row for each region of the graphs of a task, in order; sizes at their example values.
+    """A row for each region of the graphs of a task, each weight, and each product that took over a sum, in order.
+
+    Sizes are at their example values.
 
     Raises OptionError for a target without regions, and what the backend would raise.
     """
     if target not in cost.MACHINES:
         valid = tuple(cost.MACHINES)
         raise OptionError(f"there is no GPU target {target!r}; {nearest(target, valid)} (valid: {', '.join(valid)})")
-    return [
-        row_of(half, node, target) if node.target is REGION else _weight_row(half, node)
-        for half in fused_graphs(task, options, target)
-        for node in half.graph.nodes
-        if node.target in (REGION, WEIGHT)
-    ]
+    found = [_row(half, node, target) for half in fused_graphs(task, options, target) for node in half.graph.nodes]
+    return [row for row in found if row is not None]
+
+
+def _row(half: Half, node: fx.Node, target: str) -> KernelRow | None:
+    if node.target is REGION:
+        return row_of(half, node, target)
+    if node.target is WEIGHT:
+        return _weight_row(half, node)
+    summed = node.target in (PRODUCT, BLOCK_SCALED_MM) and arguments(node)[RESIDUAL] is not None
+    return _sum_row(half, node) if summed else None
+
+
+def _sum_row(half: Half, node: fx.Node) -> KernelRow:
+    """A product and what is added to it: nothing is written or read for the sum but the residual and the result."""
+    read = [one.meta["val"] for one in node.all_input_nodes]
+    bytes_moved = sum(cost.at_example_sizes(cost.size(x), read) for x in (*read, node.meta["val"]))
+    matrices = tuple(_shape(x) for x in read if x.dim() > 1 and x.dtype is not torch.float8_e4m3fn)
+    computes = "product, and the sum of it and a residual"
+    return KernelRow(half.title, computes, (), matrices, int(bytes_moved), sites(half, node), "", ())
 
 
 def _weight_row(half: Half, node: fx.Node) -> KernelRow:

@@ -15,6 +15,7 @@ from nvfp4c.passes.assign import Assign
 from nvfp4c.passes.cache_weights import MarkWeights, cache_weights
 from nvfp4c.passes.classify import Classify
 from nvfp4c.passes.fold_hadamard import fold_hadamard
+from nvfp4c.passes.fold_residual import fold_residual
 from nvfp4c.passes.fuse import fuse
 from nvfp4c.passes.insert_hadamard import insert_hadamard
 from nvfp4c.passes.insert_scaling import insert_scaling
@@ -80,6 +81,7 @@ def fusing(target: str) -> tuple[Step, ...]:
     return (
         Step("fuse", fuse, Stage.FUSED),
         Step("cache_weights", cache_weights, Stage.FUSED),
+        Step("fold_residual", fold_residual, Stage.FUSED),
         Step("absorb", Absorb(cost.MACHINES[target]), Stage.FUSED),
     )
 

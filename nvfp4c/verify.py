@@ -20,6 +20,7 @@ from nvfp4c.dialect import (
     PRODUCT,
     QUANTIZE,
     REGION,
+    RESIDUAL,
     SCALED_MM,
     TRANSPOSE,
     WEIGHT,
@@ -197,6 +198,19 @@ def _check_scaled_mm(node: fx.Node, stage: Stage) -> None:
         raise _fail(node, stage, NOT_CANCELLED)
 
 
+def _check_product(node: fx.Node, stage: Stage) -> None:
+    residual = arguments(node)[RESIDUAL]
+    if residual is not None:
+        shape, wanted = (list(map(str, one.meta["val"].shape)) for one in (residual, node))
+        if shape != wanted:
+            raise _fail(node, stage, f"its residual %{residual.name} is not of its shape")
+
+
+def _check_block_scaled_mm(node: fx.Node, stage: Stage) -> None:
+    _check_scaled_mm(node, stage)
+    _check_product(node, stage)
+
+
 def _check_operand(
     node: fx.Node, stage: Stage, side: str, codes: fx.Node, scales: fx.Node, amax: fx.Node | None, length: Any
 ) -> fx.Node | None:
@@ -230,7 +244,8 @@ CHECKS: dict[Target, Callable[[fx.Node, Stage], None]] = {
     TRANSPOSE: _check_transpose,
     DEQUANTIZE: _check_dequantize,
     SCALED_MM: _check_scaled_mm,
-    BLOCK_SCALED_MM: _check_scaled_mm,
+    BLOCK_SCALED_MM: _check_block_scaled_mm,
+    PRODUCT: _check_product,
     WEIGHT: _check_weight,
 }
 """What each operation must satisfy."""

@@ -6,10 +6,10 @@ codes are, and so is a cast of it; where each graph asks for all of it, each fin
 `cache_weights`, FUSED -> FUSED, on the forward and the backward graph apart:
     %a = nvfp4.region([%w], [], None, "amax")
     %r = nvfp4.region([%w], [%a], None, "operand tiles")
-    %y = nvfp4.product(%x, %r, %xa, %a, None, bf16)
+    %y = nvfp4.product(%x, %r, %xa, %a, None, None, bf16)
 becomes
     %a, %r = nvfp4.weight(%w, bf16, "operand tiles", False)
-    %y = nvfp4.product(%x, %r, %xa, %a, None, bf16)
+    %y = nvfp4.product(%x, %r, %xa, %a, None, None, bf16)
 
 and so where %w is cast first, as under autocast. Only inputs of the graph that the model holds are taken, as they are
 given: the memory of anything else may hold something new each time that it is read.

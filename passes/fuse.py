@@ -10,8 +10,8 @@ becomes
     %a, %at = nvfp4.region([%dy], [], None, "amax; amax down the columns, rotated")
     %r, %c  = nvfp4.region([%dy], [%a, %at], %seed, "operand; operand down the columns, rotated")
     %ct = aten.permute(%c, [1, 0])
-    %dx = nvfp4.product(%r, %w, %a, %wa, None, bf16)
-    %dw = nvfp4.product(%ct, %x, %at, %xa, None, bf16)
+    %dx = nvfp4.product(%r, %w, %a, %wa, None, None, bf16)
+    %dw = nvfp4.product(%ct, %x, %at, %xa, None, None, bf16)
 
 so %dy is read once for its amaxes and once for its operands. An operand is packed only where its bytes are read, by
 another graph for example; a product whose operand was packed elsewhere reads `nvfp4.dequantize` of it. A transpose is
@@ -19,8 +19,8 @@ never made: blocks down the columns give the transposed result.
 
 Products that read packed operands (see `native`) stay as they are, and get them from the same regions:
     %rc, %rs, %cc, %cs = nvfp4.region(%dy, [%a, %at], %seed, "packed native; packed down the columns, rotated, native")
-    %dx = nvfp4.block_scaled_mm(%rc, %rs, %a, %wc, %ws, %wa, None, bf16)
-    %dw = nvfp4.block_scaled_mm(%cc, %cs, %at, %xc, %xs, %xa, None, bf16)
+    %dx = nvfp4.block_scaled_mm(%rc, %rs, %a, %wc, %ws, %wa, None, None, bf16)
+    %dw = nvfp4.block_scaled_mm(%cc, %cs, %at, %xc, %xs, %xa, None, None, bf16)
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ class _Fusing:
             a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, k, bias, dtype = arguments(node)
             a, b = self._operand(a_codes, a_scales, k, node), self._operand(b_codes, b_scales, k, node)
             with self.graph.inserting_before(node):
-                product = insert(self.graph, PRODUCT, (a, b, a_amax, b_amax, bias, dtype), node)
+                product = insert(self.graph, PRODUCT, (a, b, a_amax, b_amax, bias, None, dtype), node)
             for key in (MATMUL, ASSIGNMENT):
                 if key in node.meta:
                     product.meta[key] = node.meta[key]

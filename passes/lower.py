@@ -131,7 +131,7 @@ class _Lowering:
         a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, k, bias, dtype = arguments(node)
         a = self._operand(a_codes, a_scales, k, node)
         b = self._operand(b_codes, b_scales, k, node)
-        return self._emit(self.table.product, (a, b, a_amax, b_amax, bias, dtype), node)
+        return self._emit(self.table.product, (a, b, a_amax, b_amax, bias, None, dtype), node)
 
     def _dequantize(self, node: fx.Node) -> fx.Node:
         codes, scales, amax, k, dtype = arguments(node)

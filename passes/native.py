@@ -9,8 +9,8 @@ becomes
     %xn = nvfp4.quantize(%x, %xa, [1, 16], "nearest", None, None, 0, "native")
     %wn = nvfp4.quantize(%w, %wa, [16, 16], "nearest", None, None, 0, "native")
     %wm = nvfp4.quantize(%w_t, %wa, [16, 16], "nearest", None, None, 0, "native")
-    %y  = nvfp4.block_scaled_mm(*%xn, %xa, *%wn, %wa, %bias, bf16)
-    %dx = nvfp4.block_scaled_mm(*%dyn, %dya, *%wm, %wa, None, bf16)
+    %y  = nvfp4.block_scaled_mm(*%xn, %xa, *%wn, %wa, %bias, None, bf16)
+    %dx = nvfp4.block_scaled_mm(*%dyn, %dya, *%wm, %wa, None, None, bf16)
 
 so no operand is dequantised, and none is transposed: a weight's tiles are quantised down its columns, which gives the
 same codes. It runs before the partitioner, for what is saved for the backward is saved in this layout. What is read by
@@ -37,7 +37,7 @@ def native(graph: fx.Graph) -> fx.Graph:
         a_codes, _, a_amax, b_codes, _, b_amax, _, bias, dtype = arguments(node)
         a, b = packing.operand(a_codes), packing.operand(b_codes)
         with graph.inserting_before(node):
-            product = insert(graph, BLOCK_SCALED_MM, (*a, a_amax, *b, b_amax, bias, dtype), node)
+            product = insert(graph, BLOCK_SCALED_MM, (*a, a_amax, *b, b_amax, bias, None, dtype), node)
         for key in (MATMUL, ASSIGNMENT):
             if key in node.meta:
                 product.meta[key] = node.meta[key]

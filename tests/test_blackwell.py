@@ -37,11 +37,15 @@ nearest_words = native_math.nearest_words
 stochastic_words = native_math.stochastic_words
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize("bias", [None, torch.bfloat16], ids=["plain", "bias"])
 @pytest.mark.parametrize("out", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("target", TILES)
-def test_the_product_runs_on_the_fp4_tensor_cores(target: str, out: torch.dtype, bias: torch.dtype | None) -> None:
-    assembly = assemble_gemm(target, out, bias)
+def test_the_product_runs_on_the_fp4_tensor_cores(
+    target: str, out: torch.dtype, bias: torch.dtype | None, residual: bool
+) -> None:
+    """A residual has the result's type, as the pass that gives it to a product sees to."""
+    assembly = assemble_gemm(target, out, bias, out if residual else None)
     (mma,) = assembly.mma
     if target == "sm_120":
         assert mma == RTX_MMA
@@ -56,7 +60,7 @@ def test_the_product_runs_on_the_fp4_tensor_cores(target: str, out: torch.dtype,
 
 
 def test_the_emulated_product_needs_no_fp4() -> None:
-    assembly = assemble_emulated_gemm("sm_90", torch.bfloat16, torch.bfloat16)
+    assembly = assemble_emulated_gemm("sm_90", torch.bfloat16, torch.bfloat16, torch.bfloat16)
     (mma,) = assembly.mma
     assert mma.startswith("wgmma") and mma.endswith("f32.bf16.bf16")
     assert assembly.spills == 0
@@ -157,4 +161,4 @@ def test_other_targets_are_refused() -> None:
     with pytest.raises(TargetError, match=r"'cpu'.*such as 'sm_100'"):
         assemble(nearest_kernel, "cpu", TYPES, {})
     with pytest.raises(TargetError, match="'sm_90' has no FP4 tensor cores; use one of sm_100, sm_103, sm_120"):
-        assemble_gemm("sm_90", torch.bfloat16, None)
+        assemble_gemm("sm_90", torch.bfloat16, None, None)

@@ -98,6 +98,15 @@ def of_native_operands_and_bias(x: Tensor) -> Arguments:
     return {**of_native_operands(x), "bias": matrix(x.shape[-2], seed=3)}
 
 
+def of_native_operands_and_residual(x: Tensor) -> Arguments:
+    return {**of_native_operands_and_bias(x), "residual": residual(x)}
+
+
+def residual(x: Tensor) -> Tensor:
+    """Of the shape of a product of x and itself, transposed in memory."""
+    return matrix(*x.shape[:-1], x.shape[-2], seed=4).bfloat16().mT
+
+
 def of_region(x: Tensor) -> Arguments:
     return {"inputs": [x], "amaxes": [numerics.tensor_amax(x), torch.tensor(3.0)], "seed": torch.tensor(1234)}
 
@@ -115,6 +124,10 @@ def of_product(x: Tensor) -> Arguments:
 
 def of_product_and_bias(x: Tensor) -> Arguments:
     return {**of_product(x), "bias": matrix(x.shape[-2], seed=3)}
+
+
+def of_product_and_residual(x: Tensor) -> Arguments:
+    return {**of_product_and_bias(x), "residual": residual(x)}
 
 
 def every_output(axis: Axis, signs: tuple[int, ...] | None) -> dict[str, object]:
@@ -156,9 +169,14 @@ CASES = {
     "dequantize to bf16": Case(dialect.DEQUANTIZE, of_packed, {"amax": None, "dtype": torch.bfloat16}),
     "scaled_mm": Case(dialect.SCALED_MM, of_two_operands, {"bias": None, "out_dtype": torch.bfloat16}),
     "scaled_mm with bias": Case(dialect.SCALED_MM, of_two_operands_and_bias, {"out_dtype": torch.float32}),
-    "block_scaled_mm": Case(dialect.BLOCK_SCALED_MM, of_native_operands, {"bias": None, "out_dtype": torch.bfloat16}),
+    "block_scaled_mm": Case(
+        dialect.BLOCK_SCALED_MM, of_native_operands, {"bias": None, "residual": None, "out_dtype": torch.bfloat16}
+    ),
     "block_scaled_mm with bias": Case(
-        dialect.BLOCK_SCALED_MM, of_native_operands_and_bias, {"out_dtype": torch.float32}
+        dialect.BLOCK_SCALED_MM, of_native_operands_and_bias, {"residual": None, "out_dtype": torch.float32}
+    ),
+    "block_scaled_mm with residual": Case(
+        dialect.BLOCK_SCALED_MM, of_native_operands_and_residual, {"out_dtype": torch.bfloat16}
     ),
     "region by rows": Case(dialect.REGION, of_region, every_output(Axis.ROWS, None)),
     "region by columns": Case(dialect.REGION, of_region, every_output(Axis.COLUMNS, None)),
@@ -166,8 +184,9 @@ CASES = {
     "region by columns, rotated": Case(dialect.REGION, of_region, every_output(Axis.COLUMNS, DEFAULT_SIGNS)),
     "weight by rows": Case(dialect.WEIGHT, of_weight, packed_and_operand(Axis.ROWS, None)),
     "weight by columns, rotated": Case(dialect.WEIGHT, of_weight, packed_and_operand(Axis.COLUMNS, DEFAULT_SIGNS)),
-    "product": Case(dialect.PRODUCT, of_product, {"bias": None, "out_dtype": torch.bfloat16}),
-    "product with bias": Case(dialect.PRODUCT, of_product_and_bias, {"out_dtype": torch.float32}),
+    "product": Case(dialect.PRODUCT, of_product, {"bias": None, "residual": None, "out_dtype": torch.bfloat16}),
+    "product with bias": Case(dialect.PRODUCT, of_product_and_bias, {"residual": None, "out_dtype": torch.float32}),
+    "product with residual": Case(dialect.PRODUCT, of_product_and_residual, {"out_dtype": torch.bfloat16}),
 }
 EVERY_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 

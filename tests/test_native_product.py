@@ -72,7 +72,7 @@ def test_the_library_is_given_what_it_takes(
     *batch, rows, columns, k = shape
     operands = *operand(*batch, rows, k, seed=0), *operand(*batch, columns, k, seed=1)
     found = native_product.library_mm(*operands, out_dtype)
-    expected = dialect.BLOCK_SCALED_MM(*operands, None, out_dtype)
+    expected = dialect.BLOCK_SCALED_MM(*operands, None, None, out_dtype)
     assert found.is_contiguous() and found.dtype is out_dtype and torch.equal(found, expected)
 
 
@@ -82,29 +82,32 @@ def test_the_library_is_not_asked_for_nothing(monkeypatch: pytest.MonkeyPatch, s
     rows, columns, k = shape
     operands = *operand(rows, k, seed=0), *operand(columns, k, seed=1)
     found = native_product.library_mm(*operands, torch.bfloat16)
-    assert torch.equal(found, dialect.BLOCK_SCALED_MM(*operands, None, torch.bfloat16))
+    assert torch.equal(found, dialect.BLOCK_SCALED_MM(*operands, None, None, torch.bfloat16))
 
 
 @pytest.mark.parametrize("product", [native_product.by_triton, native_product.by_library])
-@pytest.mark.parametrize("shape", [(40,), (), (1,), (70, 1), (70, 40)], ids=str)
-def test_any_bias_is_added_before_the_one_rounding(
-    monkeypatch: pytest.MonkeyPatch, product: Any, shape: tuple[int, ...]
+@pytest.mark.parametrize("shape", [None, (40,), (), (1,), (70, 1), (70, 40)], ids=str)
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "residual"])
+def test_any_bias_and_residual_are_added_before_the_one_rounding(
+    monkeypatch: pytest.MonkeyPatch, product: Any, shape: tuple[int, ...] | None, added: bool
 ) -> None:
     """The operations are the reference here: what is looked at is what is left to Inductor."""
     given = []
 
     def reference(*args: Any) -> Tensor:
         *operands, dtype = args
-        given.append((operands[6] if len(operands) > 6 else None, dtype))
-        return dialect.BLOCK_SCALED_MM(*operands[:6], given[-1][0], dtype)
+        terms = tuple(operands[6:]) or (None, None)
+        given.append((*(term is not None for term in terms), dtype))
+        return dialect.BLOCK_SCALED_MM(*operands[:6], *terms, dtype)
 
     monkeypatch.setattr(native_product, "BLOCK_SCALED_MM", reference)
     monkeypatch.setattr(native_product, "LIBRARY_MM", reference)
     operands = *operand(70, 48, seed=0), *operand(40, 48, seed=1)
-    bias = 100 * torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    found = product(*operands, bias, torch.bfloat16)
-    assert torch.equal(found, dialect.BLOCK_SCALED_MM(*operands, bias, torch.bfloat16))
-    inside = product is native_product.by_triton and shape == (40,)
-    assert [(bias is not None, dtype) for bias, dtype in given] == [
-        (True, torch.bfloat16) if inside else (False, torch.float32)
-    ]
+    generator = torch.Generator().manual_seed(2)
+    bias = None if shape is None else 100 * torch.randn(shape, generator=generator)
+    terms = bias, 100 * torch.randn((70, 40), generator=generator).bfloat16() if added else None
+    found = product(*operands, *terms, torch.bfloat16)
+    assert torch.equal(found, dialect.BLOCK_SCALED_MM(*operands, *terms, torch.bfloat16))
+    there = tuple(term is not None for term in terms)
+    inside = product is native_product.by_triton and shape in (None, (40,))
+    assert given == [(*there, torch.bfloat16) if inside or not any(there) else (False, False, torch.float32)]

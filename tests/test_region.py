@@ -138,4 +138,4 @@ def test_product_is_scaled_mm_of_what_is_dequantised(bias: Tensor | None) -> Non
     values = [dialect.DEQUANTIZE(*given, None, 20, torch.bfloat16) for given in (a, b)]
     amaxes = dialect.AMAX(x), dialect.AMAX(w)
     expected = dialect.SCALED_MM(*a, amaxes[0], *b, amaxes[1], 20, bias, torch.float32)
-    assert same_bits(dialect.PRODUCT(*values, *amaxes, bias, torch.float32), expected)
+    assert same_bits(dialect.PRODUCT(*values, *amaxes, bias, None, torch.float32), expected)

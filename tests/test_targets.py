@@ -169,7 +169,7 @@ from nvfp4c.codegen.targets import kernel_table, resolve
 x = torch.ones(2, 16)
 table = kernel_table(resolve("auto", x.device))
 amax = torch.tensor(2688.0)
-assert table.product(x, x, amax, amax, None, torch.float32).tolist() == [[16.0, 16.0]] * 2
+assert table.product(x, x, amax, amax, None, None, torch.float32).tolist() == [[16.0, 16.0]] * 2
 """
     run = python(code)
     assert run.returncode == 0, run.stderr
@@ -228,7 +228,7 @@ def test_cpu_product_is_that_of_scaled_mm() -> None:
         packed_x = dialect.QUANTIZE(x, x_amax, ROW_BLOCK, "nearest")
         packed_w = dialect.QUANTIZE(weight, w_amax, TILE_BLOCK, "nearest")
         operands = (dialect.DEQUANTIZE(*packed, None, 37, torch.float32) for packed in (packed_x, packed_w))
-        found = table.product(*operands, x_amax, w_amax, None, torch.float32)
+        found = table.product(*operands, x_amax, w_amax, None, None, torch.float32)
         expected = dialect.SCALED_MM(*packed_x, x_amax, *packed_w, w_amax, 37, None, torch.float32)
         # Sums of the same 37 exact products in FP32, but the reference adds 11 zeros and may group terms otherwise:
         # 37 additions, each off by at most half an ulp (6e-8) of a partial sum below 37 * 16.
@@ -265,13 +265,15 @@ def test_gpu_tables_promise_what_the_dialect_does_for_any_size(name: str) -> Non
             k = turned.shape[1]
             expected = dialect.DEQUANTIZE(codes, scales, None, k, torch.bfloat16)
             pairs.append((table.dequantize(codes, scales, k), expected))
-            product = (expected, expected, amax, amax, None, torch.float16)
-            pairs.append((table.product(*product), dialect.PRODUCT(*product)))
+            for residual in (None, dialect.PRODUCT(expected, expected, amax, amax, None, None, torch.bfloat16)):
+                product = (expected, expected, amax, amax, None, residual, torch.float16)
+                pairs.append((table.product(*product), dialect.PRODUCT(*product)))
             if table.native:
                 native = (*dialect.QUANTIZE(turned, amax, [1, 16], "nearest", layout="native"), amax)
                 for bias in (None, mode.from_tensor(torch.zeros(())), turned[:, 0]):
-                    product = (*native, *native, bias, torch.float16)
-                    pairs += [(mm(*product), dialect.BLOCK_SCALED_MM(*product)) for mm in native_products(name)]
+                    for residual in (None, dialect.BLOCK_SCALED_MM(*native, *native, None, None, torch.bfloat16)):
+                        product = (*native, *native, bias, residual, torch.float16)
+                        pairs += [(mm(*product), dialect.BLOCK_SCALED_MM(*product)) for mm in native_products(name)]
         for found, expected in pairs:
             assert found.dtype is expected.dtype and found.device == expected.device
             assert tuple(map(str, found.shape)) == tuple(map(str, expected.shape))

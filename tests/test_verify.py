@@ -390,7 +390,7 @@ def test_what_the_pipeline_makes_is_legal(recipe: Recipe) -> None:
 @pytest.mark.parametrize("stage", [Stage.SCALED, Stage.FUSED])
 def test_a_native_product_reads_swizzled_scales(stage: Stage) -> None:
     def source(codes: Tensor, scales: Tensor, amax: Tensor) -> Tensor:
-        return nvfp4.block_scaled_mm(codes, scales, amax, codes, scales, amax, None, torch.float32)
+        return nvfp4.block_scaled_mm(codes, scales, amax, codes, scales, amax, None, None, torch.float32)
 
     x, amax = torch.randn(32, 32), torch.tensor(4.0)
     swizzled, linear = (nvfp4.quantize(x, amax, [1, 16], "nearest", layout=layout) for layout in ("native", "linear"))

@@ -147,7 +147,7 @@ def _products(device: str, rows: int, columns: int) -> Iterator[Case]:
         "product of dequantised operands",
         Ceiling.PRODUCT,
         operations,
-        lambda: table.product(a, b, one, one, None, dtype),
+        lambda: table.product(a, b, one, one, None, None, dtype),
     )
 
 

@@ -355,9 +355,9 @@ def test_a_bias_of_any_shape(device: torch.device, shape: tuple[int, ...]) -> No
     a, b = codes_of(*batch, 32, 64, seed=0), codes_of(*batch, 48, 64, seed=1)
     bias = torch.randn(shape, generator=torch.Generator().manual_seed(2)).bfloat16()
     amaxes = torch.tensor(2688.0), torch.tensor(1344.0)
-    expected = dialect.PRODUCT(a, b, *amaxes, bias, torch.bfloat16)
+    expected = dialect.PRODUCT(a, b, *amaxes, bias, None, torch.bfloat16)
     there = [given.to(device) for given in (a, b, *amaxes, bias)]
-    found = operations.PRODUCT(*there, torch.bfloat16)
+    found = operations.PRODUCT(*there, None, torch.bfloat16)
     assert torch.equal(bits(found), bits(expected))
 
 
@@ -377,14 +377,14 @@ def test_the_factor_is_the_references(device: torch.device) -> None:
     ones = torch.ones(1, 1, dtype=torch.bfloat16)
     amaxes = torch.logspace(-15, 15, 25, dtype=torch.float32)
     for a_amax, b_amax in zip(amaxes, amaxes.roll(7), strict=True):
-        found = operations.PRODUCT(*(x.to(device) for x in (ones, ones, a_amax, b_amax)), None, torch.float32)
-        assert torch.equal(bits(found), bits(dialect.PRODUCT(ones, ones, a_amax, b_amax, None, torch.float32)))
+        found = operations.PRODUCT(*(x.to(device) for x in (ones, ones, a_amax, b_amax)), None, None, torch.float32)
+        assert torch.equal(bits(found), bits(dialect.PRODUCT(ones, ones, a_amax, b_amax, None, None, torch.float32)))
 
 
 def test_products_that_are_not_exact_are_summed_in_fp32(device: torch.device) -> None:
     a, b = (torch.randn(rows, 300, generator=torch.Generator().manual_seed(rows)).bfloat16() for rows in (20, 36))
     amax = torch.tensor(2688.0, device=device)
-    found = operations.PRODUCT(a.to(device), b.to(device), amax, amax, None, torch.float32)
+    found = operations.PRODUCT(a.to(device), b.to(device), amax, amax, None, None, torch.float32)
     # 300 exact products added in FP32, each addition off by half an ulp (6e-8) at most of a partial sum below 300 * 16.
     torch.testing.assert_close(found.cpu().double(), a.double() @ b.double().mT, rtol=0, atol=300 * 300 * 16 * 6e-8)
 
@@ -403,4 +403,6 @@ def test_fakes_and_schemas_hold(device: torch.device) -> None:
     codes, scales = operations.REGION([x], amaxes, None, Region((Output(Form.PACKED),)).to_json())
     opcheck(operations.DEQUANTIZE, (codes, scales, 33, False), test_utils=tests)
     a, b = (torch.randn(rows, 16, device=device).bfloat16() for rows in (8, 24))
-    opcheck(operations.PRODUCT, (a, b, *amaxes, None, torch.bfloat16), test_utils=tests)
+    residual = torch.randn(8, 24, device=device).bfloat16()
+    for added in (None, residual):
+        opcheck(operations.PRODUCT, (a, b, *amaxes, None, added, torch.bfloat16), test_utils=tests)

@@ -21,10 +21,16 @@ def exact_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def product(
-    a: Tensor, b: Tensor, a_amax: Tensor, b_amax: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    a: Tensor,
+    b: Tensor,
+    a_amax: Tensor,
+    b_amax: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """dialect.product, summed exactly."""
-    return dialect.scale_product(exact_product(a, b), a_amax, b_amax, bias, out_dtype)
+    return dialect.scale_product(exact_product(a, b), a_amax, b_amax, bias, residual, out_dtype)
 
 
 def dequantize_codes(codes: Tensor, scales: Tensor, k: int) -> Tensor:
@@ -40,13 +46,16 @@ class ExactProducts(Reference):
             return product(*args)
         if target not in (SCALED_MM, BLOCK_SCALED_MM):
             return super().call_function(target, args, kwargs)
-        a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, *length, bias, dtype = args
-        (k,) = length or (2 * a_codes.shape[-1],)
-        if target is BLOCK_SCALED_MM:
+        if target is SCALED_MM:
+            a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, k, bias, dtype = args
+            residual = None
+        else:
+            a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, bias, residual, dtype = args
+            k = 2 * a_codes.shape[-1]
             a_scales = unswizzle(a_scales, a_codes.shape[-2], block_count(k))
             b_scales = unswizzle(b_scales, b_codes.shape[-2], block_count(k))
         a, b = dequantize_codes(a_codes, a_scales, k), dequantize_codes(b_codes, b_scales, k)
-        return product(a, b, a_amax, b_amax, bias, dtype)
+        return product(a, b, a_amax, b_amax, bias, residual, dtype)
 
 
 def run_exactly(graph: fx.Graph, *inputs: Any) -> list[Any]:

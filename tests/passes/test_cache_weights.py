@@ -81,7 +81,7 @@ def test_a_linear_layer() -> None:
 %weight = nvfp4.weight(%w, torch.bfloat16, operand tiles, False)
 %getitem_3 = getitem(%weight, 0)
 %getitem_4 = getitem(%weight, 1)
-%product = nvfp4.product(%getitem_2, %getitem_4, %getitem, %getitem_3, None, torch.bfloat16)
+%product = nvfp4.product(%getitem_2, %getitem_4, %getitem, %getitem_3, None, None, torch.bfloat16)
 return %product"""
     )
 

@@ -79,7 +79,7 @@ def test_a_linear_layer() -> None:
 %getitem_3 = getitem(%region_3, 0)
 %region_4 = nvfp4.region(%w, [%getitem_2], None, operand tiles)
 %getitem_4 = getitem(%region_4, 0)
-%product = nvfp4.product(%getitem_3, %getitem_4, %getitem, %getitem_2, None, torch.bfloat16)
+%product = nvfp4.product(%getitem_3, %getitem_4, %getitem, %getitem_2, None, None, torch.bfloat16)
 return %product"""
     )
 
@@ -111,7 +111,7 @@ def test_an_input_used_by_rows_and_saved_by_columns() -> None:
 %permute_2 = aten.permute(%getitem_6, [1, 0])
 %region_4 = nvfp4.region(%w, [%getitem_3], None, operand tiles)
 %getitem_7 = getitem(%region_4, 0)
-%product = nvfp4.product(%getitem_4, %getitem_7, %getitem, %getitem_3, None, torch.bfloat16)
+%product = nvfp4.product(%getitem_4, %getitem_7, %getitem, %getitem_3, None, None, torch.bfloat16)
 return [%product, %permute, %permute_2, %getitem_2]"""
     )
 

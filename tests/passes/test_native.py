@@ -82,7 +82,7 @@ def test_a_weight_and_its_transpose() -> None:
 %getitem_3 = getitem(%quantize_2, 0)
 %getitem_4 = getitem(%quantize_2, 1)
 %block_scaled_mm = nvfp4.block_scaled_mm(%getitem_3, %getitem_4, %amax_2, %getitem, %getitem_2, %amax, %bias, \
-torch.bfloat16)
+None, torch.bfloat16)
 %permute = aten.permute(%w, [1, 0])
 %quantize_3 = nvfp4.quantize(%permute, %amax, [16, 16], nearest, None, None, 0, native)
 %getitem_5 = getitem(%quantize_3, 0)
@@ -92,7 +92,7 @@ torch.bfloat16)
 %getitem_7 = getitem(%quantize_4, 0)
 %getitem_8 = getitem(%quantize_4, 1)
 %block_scaled_mm_2 = nvfp4.block_scaled_mm(%getitem_7, %getitem_8, %amax_3, %getitem_5, %getitem_6, %amax, None, \
-torch.float32)
+None, torch.float32)
 return [%block_scaled_mm, %block_scaled_mm_2]"""
     )
 
@@ -124,14 +124,14 @@ def test_fused() -> None:
 %getitem_7 = getitem(%region_4, 0)
 %getitem_8 = getitem(%region_4, 1)
 %block_scaled_mm = nvfp4.block_scaled_mm(%getitem_7, %getitem_8, %getitem_2, %getitem_3, %getitem_4, %getitem, %bias, \
-torch.bfloat16)
+None, torch.bfloat16)
 %region_5 = nvfp4.region(%dy, [], None, amax)
 %getitem_9 = getitem(%region_5, 0)
 %region_6 = nvfp4.region(%dy, [%getitem_9], None, packed native)
 %getitem_10 = getitem(%region_6, 0)
 %getitem_11 = getitem(%region_6, 1)
 %block_scaled_mm_2 = nvfp4.block_scaled_mm(%getitem_10, %getitem_11, %getitem_9, %getitem_5, %getitem_6, %getitem, \
-None, torch.float32)
+None, None, torch.float32)
 return [%block_scaled_mm, %block_scaled_mm_2]"""
     )
 

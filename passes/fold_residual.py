@@ -1,0 +1,106 @@
+"""Let a product add what is added to it, before it rounds. FUSED -> FUSED.
+
+    %y = nvfp4.product(%a, %b, %aa, %ba, %bias, None, bf16)
+    %v = aten.view(%y, [2, 8, 32])
+    %s = aten.add(%x, %v)
+becomes
+    %r = aten.reshape(%x, [16, 32])
+    %y = nvfp4.product(%a, %b, %aa, %ba, %bias, %r, bf16)
+    %s = aten.view(%y, [2, 8, 32])
+
+so the sum is rounded once, and the product alone is neither written nor read. It is computed where the sum was, for %x
+may come after it. Of two products the later one takes the other as its residual; so sums of many become a chain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from nvfp4c.dialect import BLOCK_SCALED_MM, PRODUCT, RESIDUAL, arguments
+from nvfp4c.passes.graph_edit import insert
+
+aten = torch.ops.aten
+
+VIEWS = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.unsqueeze.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+    }
+)
+"""Of a product, which is contiguous, these keep the order of the elements."""
+
+
+def fold_residual(graph: fx.Graph) -> fx.Graph:
+    """Fold every sum that a product can take over."""
+    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        found = _match(node)
+        if found is not None:
+            _fold(graph, node, found)
+    return graph
+
+
+@dataclass(frozen=True)
+class _Folding:
+    """A product, the views of it in their order, and what the last of them is added to."""
+
+    product: fx.Node
+    views: tuple[fx.Node, ...]
+    other: fx.Node
+
+
+def _match(node: fx.Node) -> _Folding | None:
+    """The product that a sum can become a part of: the later one, of two."""
+    left, right = arguments(node)
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left is right:
+        return None
+    if node.kwargs.get("alpha", 1) != 1 or len({str(_layout(one)) for one in (node, left, right)}) != 1:
+        return None
+    found = [one for one in (_folding(left, right), _folding(right, left)) if one is not None]
+    return max(found, key=lambda one: one.product, default=None)
+
+
+def _folding(term: fx.Node, other: fx.Node) -> _Folding | None:
+    """A term that is a product which nothing else reads, and that adds nothing yet."""
+    views: list[fx.Node] = []
+    product = term
+    while len(product.users) == 1 and product.target in VIEWS:
+        views.insert(0, product)
+        product = arguments(product)[0]
+    if len(product.users) != 1 or product.target not in (PRODUCT, BLOCK_SCALED_MM):
+        return None
+    sizes = product.meta["val"].shape
+    symbolic = sum(isinstance(size, torch.SymInt) for size in sizes)
+    # One symbolic size follows from the others, unless there are no elements.
+    deducible = symbolic == 0 or (symbolic == 1 and 0 not in [size for size in sizes if isinstance(size, int)])
+    free = arguments(product)[RESIDUAL] is None
+    return _Folding(product, tuple(views), other) if free and deducible else None
+
+
+def _layout(node: fx.Node) -> tuple[object, ...]:
+    """All that has to be equal for nothing to be broadcast, cast or rearranged; sizes may be symbolic."""
+    x: Tensor = node.meta["val"]
+    steps = [step for size, step in zip(x.shape, x.stride(), strict=True) if not (isinstance(size, int) and size == 1)]
+    return x.dtype, x.device, list(x.shape), steps
+
+
+def _fold(graph: fx.Graph, node: fx.Node, found: _Folding) -> None:
+    product, other = found.product, found.other
+    if found.views:
+        shape = [size if isinstance(size, int) else -1 for size in product.meta["val"].shape]
+        with graph.inserting_before(node):
+            other = insert(graph, aten.reshape.default, (other, shape), product)
+    for each in (product, *found.views):
+        node.prepend(each)
+    args = list(arguments(product))
+    args[RESIDUAL] = other
+    product.args = tuple(args)
+    node.replace_all_uses_with(found.views[-1] if found.views else product)
+    graph.erase_node(node)
