@@ -101,24 +101,33 @@ def multiplied(
     a: tuple[Tensor, Tensor, Tensor],
     b: tuple[Tensor, Tensor, Tensor],
     bias: Tensor | None,
+    residual: Tensor | None,
     dtype: torch.dtype,
     way: tuple[block_scaled_gemm.GemmTile, bool],
     device: torch.device,
 ) -> Tensor:
     """What the kernel makes of codes, scales and amax, on the CPU."""
     a, b = ((codes, scale_layout.swizzle(scales), amax) for codes, scales, amax in (a, b))
-    arguments = [None if x is None else x.to(device) for x in (*a, *b, bias)]
+    arguments = [None if x is None else x.to(device) for x in (*a, *b, bias, residual)]
     return block_scaled_mm(*arguments, dtype, *way).cpu()
 
 
 def agree(
-    shape: tuple[int, ...], k: int, columns: int, dtype: torch.dtype, bias_dtype: torch.dtype | None, *where: object
+    shape: tuple[int, ...],
+    k: int,
+    columns: int,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+    residual_dtype: torch.dtype | None,
+    *where: object,
 ) -> None:
     """The kernel's result is the reference's, bit for bit, for operands with exact sums."""
     a, b = exact_operand(shape, k, 0), exact_operand((*shape[:-1], columns), k, 1)
     bias = None if bias_dtype is None else (100 * torch.randn(columns)).to(bias_dtype)
-    expected = dialect.scaled_mm(*a, *b, k, bias, dtype)
-    found = multiplied(a, b, bias, dtype, *where)  # type: ignore[arg-type]
+    residual = None if residual_dtype is None else (100 * torch.randn(*shape, columns)).to(residual_dtype)
+    values = dialect.operand_values(*a[:2]) @ dialect.operand_values(*b[:2]).mT
+    expected = dialect.scale_product(values, a[2], b[2], bias, residual, dtype)
+    found = multiplied(a, b, bias, residual, dtype, *where)  # type: ignore[arg-type]
     assert found.shape == expected.shape and found.dtype == dtype and found.is_contiguous()
     assert torch.equal(found, expected)
 
@@ -135,7 +144,7 @@ def test_exact_sums_agree_bit_for_bit(
     tile: block_scaled_gemm.GemmTile,
     emulated: bool,
 ) -> None:
-    agree((rows,), k, columns, dtype, None, (tile, emulated), device)
+    agree((rows,), k, columns, dtype, None, None, (tile, emulated), device)
 
 
 @pytest.mark.parametrize("tile, emulated", WAYS)
@@ -148,7 +157,26 @@ def test_bias_is_added_before_the_one_rounding(
     tile: block_scaled_gemm.GemmTile,
     emulated: bool,
 ) -> None:
-    agree((50,), 112, 201, dtype, bias_dtype, (tile, emulated), device)
+    agree((50,), 112, 201, dtype, bias_dtype, None, (tile, emulated), device)
+
+
+@pytest.mark.parametrize("tile, emulated", WAYS)
+@pytest.mark.parametrize("residual_dtype", QUANTIZABLE_DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("shape, columns", [((50,), 201), ((150,), 264), ((2, 130), 136)])
+def test_a_residual_is_added_before_the_one_rounding(
+    device: torch.device,
+    shape: tuple[int, ...],
+    columns: int,
+    bias_dtype: torch.dtype | None,
+    dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    tile: block_scaled_gemm.GemmTile,
+    emulated: bool,
+) -> None:
+    """Rows that TMA cannot read as they lie, several tiles, and batches; after the bias."""
+    agree(shape, 112, columns, dtype, bias_dtype, residual_dtype, (tile, emulated), device)
 
 
 @pytest.mark.parametrize("tile, emulated", WAYS)
@@ -156,7 +184,7 @@ def test_bias_is_added_before_the_one_rounding(
 def test_batches_do_not_mix(
     device: torch.device, rows: int, columns: int, tile: block_scaled_gemm.GemmTile, emulated: bool
 ) -> None:
-    agree((3, rows), 80, columns, torch.bfloat16, torch.float32, (tile, emulated), device)
+    agree((3, rows), 80, columns, torch.bfloat16, torch.float32, torch.bfloat16, (tile, emulated), device)
 
 
 @pytest.mark.parametrize("tile, emulated", WAYS)
@@ -167,6 +195,7 @@ def test_batches_do_not_mix(
     blocks=st.integers(1, 16),
     dtype=st.sampled_from(QUANTIZABLE_DTYPES),
     bias=st.none() | st.sampled_from(QUANTIZABLE_DTYPES),
+    residual=st.none() | st.sampled_from(QUANTIZABLE_DTYPES),
 )
 def test_any_size_agrees(
     device: torch.device,
@@ -175,10 +204,11 @@ def test_any_size_agrees(
     blocks: int,
     dtype: torch.dtype,
     bias: torch.dtype | None,
+    residual: torch.dtype | None,
     tile: block_scaled_gemm.GemmTile,
     emulated: bool,
 ) -> None:
-    agree((rows,), 16 * blocks, columns, dtype, bias, (tile, emulated), device)
+    agree((rows,), 16 * blocks, columns, dtype, bias, residual, (tile, emulated), device)
 
 
 @pytest.mark.parametrize("tile, emulated", WAYS)
@@ -189,7 +219,7 @@ def test_random_operands_agree_up_to_the_order_of_sums(
     k = 500
     a, b = (numerics.quantize(torch.randn(rows, k, generator=generator)) for rows in (70, 90))
     found = multiplied(
-        (a.codes, a.scales, a.amax), (b.codes, b.scales, b.amax), None, torch.float32, (tile, emulated), device
+        (a.codes, a.scales, a.amax), (b.codes, b.scales, b.amax), None, None, torch.float32, (tile, emulated), device
     )
     expected = numerics.scaled_mm(a, b, None, torch.float32)
     # k sums in FP32, in any order, and two roundings of the epilogue err by at most (k + 2) * 2^-24 of the sum of the
@@ -203,13 +233,13 @@ def test_nan_stays_in_its_row(device: torch.device, tile: block_scaled_gemm.Gemm
     """Every scale of a non-finite tensor is NaN; one NaN scale must reach its row, and no other."""
     a, b = exact_operand((20,), 64, 0), exact_operand((30,), 64, 1)
     a[1].view(torch.uint8)[7, 2] = 0x7F
-    found = multiplied(a, b, None, torch.bfloat16, (tile, emulated), device)
+    found = multiplied(a, b, None, None, torch.bfloat16, (tile, emulated), device)
     assert found[7].isnan().all() and not torch.cat([found[:7], found[8:]]).isnan().any()
 
 
 @pytest.mark.parametrize("rows, columns, k", [(0, 5, 16), (5, 0, 16), (5, 4, 0)])
 def test_empty_operands(device: torch.device, rows: int, columns: int, k: int) -> None:
-    agree((rows,), k, columns, torch.bfloat16, torch.bfloat16, (EMULATED_TILE, True), device)
+    agree((rows,), k, columns, torch.bfloat16, torch.bfloat16, torch.bfloat16, (EMULATED_TILE, True), device)
 
 
 def test_operands_may_lie_anywhere_in_memory(device: torch.device) -> None:
@@ -223,17 +253,26 @@ def test_operands_may_lie_anywhere_in_memory(device: torch.device) -> None:
     spread = torch.empty(40, 100, dtype=torch.uint8, device=device)[:, 3:35]
     spread.copy_(codes)
     factor = amax.to(device)
-    found = block_scaled_mm(
-        shifted,
-        moved.view(torch.float8_e4m3fn),
-        factor,
-        spread,
-        swizzled.to(device),
-        factor,
-        None,
-        torch.float32,
-        EMULATED_TILE,
-        True,
-    )
-    expected = dialect.scaled_mm(codes, scales, amax, codes, scales, amax, 64, None, torch.float32)
-    assert torch.equal(found.cpu(), expected)
+    residual = torch.randn(44, 44)
+    places = [residual[4:, 4:], residual[3:43, 3:43], residual.T[4:, 4:], residual[:1, :40].expand(40, 40)]
+    for added in (None, *places):
+        found = block_scaled_mm(
+            shifted,
+            moved.view(torch.float8_e4m3fn),
+            factor,
+            spread,
+            swizzled.to(device),
+            factor,
+            None,
+            None if added is None else on(device, residual, added),
+            torch.float32,
+            EMULATED_TILE,
+            True,
+        )
+        product = dialect.scaled_mm(codes, scales, amax, codes, scales, amax, 64, None, torch.float32)
+        assert torch.equal(found.cpu(), product if added is None else product + added)
+
+
+def on(device: torch.device, base: Tensor, view: Tensor) -> Tensor:
+    """The same view of a copy of its base elsewhere."""
+    return base.to(device).as_strided(view.shape, view.stride(), view.storage_offset())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -323,53 +324,115 @@ def turned(x: Tensor, device: torch.device, columns: bool) -> Tensor:
     return x.mT.contiguous().to(device).mT if columns else x.to(device)
 
 
+def terms_of(*shape: int, seed: int) -> Tensor:
+    """Multiples of 1/8 up to 25: so are the products above, scaled by a half, of 1/32; so FP32 holds every sum of
+    them, whatever is added first, and BF16 has to round."""
+    return torch.randint(-200, 201, shape, generator=torch.Generator().manual_seed(seed)) / 8
+
+
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("summed", [False, True])
 @pytest.mark.parametrize(
     "shape",
     [((), 64, 48, 32), ((), 37, 23, 19), ((), 1, 1, 1), ((), 33, 128, 256), ((3,), 40, 24, 16), ((2,), 5, 7, 9)],
 )
 def test_product(
-    device: torch.device, shape: tuple[tuple[int, ...], int, int, int], biased: bool, out_dtype: torch.dtype
+    device: torch.device,
+    shape: tuple[tuple[int, ...], int, int, int],
+    biased: bool,
+    summed: bool,
+    out_dtype: torch.dtype,
 ) -> None:
-    """Either operand by rows or columns, aligned or not; the factor, the bias, and then one rounding."""
+    """Either operand by rows or columns, aligned or not; the factor, bias and residual, and then one rounding."""
     batch, m, n, k = shape
     a, b = codes_of(*batch, m, k, seed=0), codes_of(*batch, n, k, seed=1)
-    bias = torch.randn(n, generator=torch.Generator().manual_seed(2)).to(out_dtype) if biased else None
+    bias = terms_of(n, seed=2).to(out_dtype) if biased else None
+    residual = terms_of(*batch, m, n, seed=3).to(out_dtype) if summed else None
     # A power of two: what the product is multiplied by rounds nothing, so it does not matter when.
     amaxes = torch.tensor(2688.0), torch.tensor(1344.0)
-    expected = dialect.PRODUCT(a, b, *amaxes, bias, out_dtype)
+    expected = dialect.PRODUCT(a, b, *amaxes, bias, residual, out_dtype)
+    terms = [None if term is None else term.to(device) for term in (bias, residual)]
     for columns in itertools.product((False, True), repeat=2):
         there = [turned(given, device, flag) for given, flag in zip((a, b), columns, strict=True)]
-        found = operations.PRODUCT(
-            *there, *(amax.to(device) for amax in amaxes), None if bias is None else bias.to(device), out_dtype
-        )
+        found = operations.PRODUCT(*there, *(amax.to(device) for amax in amaxes), *terms, out_dtype)
         assert found.is_contiguous()
         assert torch.equal(bits(found), bits(expected)), columns
+    assert residual is None or torch.equal(bits(terms[1]), bits(residual)), "it is only read"
+
+
+def spread(x: Tensor, gap: int) -> Tensor:
+    """x with so many elements between its rows, and as many before the first."""
+    wide = x.new_empty((*x.shape[:-1], x.shape[-1] + gap))
+    wide[..., gap:] = x
+    return wide[..., gap:]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "rows apart": lambda x: spread(x, 16),
+    "rows apart, nowhere aligned": lambda x: spread(x, 3),
+    "every other row": lambda x: x.repeat_interleave(2, dim=-2)[..., ::2, :],
+    "one row for all": lambda x: x[..., :1, :].expand(x.shape),
+    "one matrix for all": lambda x: x[:1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_residual_may_lie_anywhere(
+    device: torch.device,
+    layout: Callable[[Tensor], Tensor],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    batch: tuple[int, ...],
+) -> None:
+    """And be of another type than the result."""
+    a, b = codes_of(*batch, 40, 64, seed=0), codes_of(*batch, 48, 64, seed=1)
+    amaxes = torch.tensor(2688.0), torch.tensor(1344.0)
+    residual = layout(terms_of(*batch, 40, 48, seed=2).to(dtypes[0]).to(device))
+    expected = dialect.PRODUCT(a, b, *amaxes, None, residual.cpu(), dtypes[1])
+    there = [given.to(device) for given in (a, b, *amaxes)]
+    found = operations.PRODUCT(*there, None, residual, dtypes[1])
+    assert found.is_contiguous()
+    assert torch.equal(bits(found), bits(expected))
+
+
+def test_the_same_product_with_and_without_a_residual(device: torch.device) -> None:
+    """What is remembered of one is not taken for the other."""
+    a, b = codes_of(40, 64, seed=0), codes_of(48, 64, seed=1)
+    amaxes = torch.tensor(2688.0), torch.tensor(1344.0)
+    there = [given.to(device) for given in (a, b, *amaxes)]
+    for seed in (2, None, 3, None):
+        residual = None if seed is None else terms_of(40, 48, seed=seed).bfloat16()
+        expected = dialect.PRODUCT(a, b, *amaxes, None, residual, torch.bfloat16)
+        found = operations.PRODUCT(*there, None, None if residual is None else residual.to(device), torch.bfloat16)
+        assert torch.equal(bits(found), bits(expected))
 
 
 @pytest.mark.parametrize("shape", [(32, 48), (1,), (48,), (32, 1), (1, 48), (4, 1, 48), (4, 32, 48)])
 def test_a_bias_of_any_shape(device: torch.device, shape: tuple[int, ...]) -> None:
-    """addmm and baddbmm take whatever can be broadcast to their result."""
+    """addmm and baddbmm take whatever can be broadcast to their result. A residual is added to that."""
     batch = (4,) if len(shape) == 3 else ()
     a, b = codes_of(*batch, 32, 64, seed=0), codes_of(*batch, 48, 64, seed=1)
-    bias = torch.randn(shape, generator=torch.Generator().manual_seed(2)).bfloat16()
+    bias = terms_of(*shape, seed=2).bfloat16()
     amaxes = torch.tensor(2688.0), torch.tensor(1344.0)
-    expected = dialect.PRODUCT(a, b, *amaxes, bias, None, torch.bfloat16)
     there = [given.to(device) for given in (a, b, *amaxes, bias)]
-    found = operations.PRODUCT(*there, None, torch.bfloat16)
-    assert torch.equal(bits(found), bits(expected))
+    for residual in (None, terms_of(*batch, 32, 48, seed=3).bfloat16()):
+        expected = dialect.PRODUCT(a, b, *amaxes, bias, residual, torch.bfloat16)
+        found = operations.PRODUCT(*there, None if residual is None else residual.to(device), torch.bfloat16)
+        assert torch.equal(bits(found), bits(expected))
 
 
 @pytest.mark.parametrize("shape", [((0, 16), (8, 16)), ((8, 16), (0, 16)), ((8, 0), (4, 0)), ((2, 3, 0), (2, 4, 0))])
 def test_product_of_nothing(device: torch.device, shape: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     a, b = (torch.empty(each, dtype=torch.bfloat16) for each in shape)
     amax, bias = torch.tensor(3.0), torch.arange(float(b.shape[-2]))
-    expected = dialect.PRODUCT(a, b, amax, amax, bias, torch.float32)
-    found = operations.PRODUCT(
-        a.to(device), b.to(device), amax.to(device), amax.to(device), bias.to(device), torch.float32
-    )
-    assert torch.equal(bits(found), bits(expected))
+    there = [given.to(device) for given in (a, b, amax, amax, bias)]
+    for residual in (None, torch.ones(*a.shape[:-1], b.shape[-2])):
+        expected = dialect.PRODUCT(a, b, amax, amax, bias, residual, torch.float32)
+        found = operations.PRODUCT(*there, None if residual is None else residual.to(device), torch.float32)
+        assert torch.equal(bits(found), bits(expected))
 
 
 def test_the_factor_is_the_references(device: torch.device) -> None:

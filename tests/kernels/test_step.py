@@ -17,6 +17,7 @@ from nvfp4c.capture import CapturedGraph, capture
 from nvfp4c.codegen import block_scaled_gemm, chips, cpu, operations, targets
 from nvfp4c.codegen.targets import TARGETS
 from nvfp4c.formats import block_count
+from nvfp4c.passes.fold_residual import fold_residual
 from nvfp4c.passes.fuse import fuse
 from nvfp4c.passes.insert_scaling import SEED
 from nvfp4c.plan import EMPTY_PLAN
@@ -80,17 +81,18 @@ def check_region(
         assert torch.equal(bits(one), bits(other)), region
 
 
-def check_product(a: Tensor, b: Tensor, factor: float, bias: Tensor | None, found: Tensor) -> None:
+def check_product(a: Tensor, b: Tensor, factor: float, terms: Sequence[Tensor | None], found: Tensor) -> None:
     """A product of exact operands is off by the order of its sum and by one rounding.
 
-    K additions in FP32, each off by a unit in the last place (2^-23) at most of the sum of magnitudes; the factor and
-    the bias round once each; then the result is rounded to its type.
+    K additions in FP32, each off by a unit in the last place (2^-23) at most of the sum of magnitudes; the factor, the
+    bias and the residual round once each; then the result is rounded to its type.
     """
     a, b = a.double(), b.double()
     exact, size = a @ b.mT * factor, a.abs() @ b.abs().mT * factor
-    if bias is not None:
-        exact, size = exact + bias.double(), size + bias.double().abs()
-    bound = (a.shape[-1] + 2) * 2.0**-23 * size + torch.finfo(found.dtype).eps * exact.abs()
+    for term in terms:
+        if term is not None:
+            exact, size = exact + term.double(), size + term.double().abs()
+    bound = (a.shape[-1] + 3) * 2.0**-23 * size + torch.finfo(found.dtype).eps * exact.abs()
     assert bool(((found.double() - exact).abs() <= bound).all())
 
 
@@ -106,6 +108,7 @@ class BothWays(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, table: dialect.KernelTable, seed: Tensor) -> None:
         super().__init__(module)
         self.compared: Counter[Any] = Counter()
+        self.folded = 0
         self._table = table
         self._seed = seed
 
@@ -119,13 +122,15 @@ class BothWays(fx.Interpreter):
             inputs, amaxes, seed, text = args
             check_region(Region.from_json(text), inputs, amaxes, seed, list(self._table.region(*args)))
         elif target is dialect.PRODUCT:
-            a, b, a_amax, b_amax, bias, _ = args
-            check_product(a, b, float(a_amax * b_amax) / 2688**2, bias, self._table.product(*args))
+            a, b, a_amax, b_amax, *terms, _ = args
+            check_product(a, b, float(a_amax * b_amax) / 2688**2, terms, self._table.product(*args))
+            self.folded += terms[1] is not None
         elif target is dialect.BLOCK_SCALED_MM:
             assert self._table.block_scaled_mm is not None
-            a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, bias, _ = args
+            a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, *terms, _ = args
             a, b = values_of(a_codes, a_scales), values_of(b_codes, b_scales)
-            check_product(a, b, float(a_amax * b_amax) / 2688**2, bias, self._table.block_scaled_mm(*args))
+            check_product(a, b, float(a_amax * b_amax) / 2688**2, terms, self._table.block_scaled_mm(*args))
+            self.folded += terms[1] is not None
         elif target is dialect.DEQUANTIZE:
             codes, scales, _, k, _ = args
             assert torch.equal(bits(self._table.dequantize(codes, scales, k)), bits(expected))
@@ -164,11 +169,12 @@ def compare(device: torch.device, table: dialect.KernelTable, recipe: str, dtype
     x = torch.randn(*TOKENS, WIDTH).to(device, dtype)
     (found,) = capture(model, x)
     steps = (*pipeline.decide(RECIPES[recipe], EMPTY_PLAN, found.names), *pipeline.rewrite(table.native))
-    fuse(pipeline.run(found.graph, steps, "test"))
+    fold_residual(fuse(pipeline.run(found.graph, steps, "test")))
     found.module.recompile()
     runner = BothWays(found.module, table, torch.tensor(SEED_VALUE, device=device))
     with torch.no_grad():
         runner.run(*inputs_of(found, model, x, torch.randn(*TOKENS, OUT).to(device, dtype)))
+    assert runner.folded == (recipe == "nvfp4-all")
     return runner.compared
 
 
@@ -198,14 +204,14 @@ def step(model: nn.Module, x: Tensor, tangent: Tensor) -> list[Tensor]:
 
 
 class Small(nn.Module):
-    """Without any function whose result depends on how it is computed."""
+    """Without any function whose result depends on how it is computed; in both directions a product adds a residual."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(40, 70), nn.Linear(70, 33, bias=False)
+        self.up, self.down = nn.Linear(33, 70), nn.Linear(70, 33, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.relu(self.up(x)))
+        return x + self.down(torch.relu(self.up(x)))
 
 
 def test_a_compiled_step(
@@ -218,7 +224,7 @@ def test_a_compiled_step(
     # No graph may come from a cache: one for other kernels would be taken for one for these.
     monkeypatch.setattr(backend.GraphPass, "uuid", lambda self: None)
     model = Small().to(device)
-    x, tangent = torch.randn(37, 40).to(device), torch.randn(37, 33).to(device)
+    x, tangent = torch.randn(37, 33).to(device), torch.randn(37, 33).to(device)
     seen: list[Form] = []
     original = operations.run
 
@@ -228,32 +234,41 @@ def test_a_compiled_step(
         seen.extend(output.form for output in launch.region.outputs)
         return found
 
-    multiply = block_scaled_gemm.block_scaled_mm
-    products = 0
+    multiply, scaled = block_scaled_gemm.block_scaled_mm, operations._scaled
+    products = folded = 0
+
+    def counted(*args: Any) -> Tensor:
+        nonlocal folded
+        folded += args[4] is not None
+        return scaled(*args)
 
     def exact(*args: Any) -> Tensor:
-        nonlocal products
+        nonlocal products, folded
         products += 1
-        a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, bias, dtype, *_ = args
+        folded += args[7] is not None
+        a_codes, a_scales, a_amax, b_codes, b_scales, b_amax, *terms, dtype, _, _ = args
         a, b = values_of(a_codes, a_scales).double(), values_of(b_codes, b_scales).double()
         found = multiply(*args)
         # On the CPU, as all references: CUDA multiplies by the reciprocal where it is asked to divide by a number.
-        rest = [x if x is None else x.cpu() for x in (a_amax, b_amax, bias)]
+        rest = [x if x is None else x.cpu() for x in (a_amax, b_amax, *terms)]
         assert torch.equal(found.cpu(), dialect.scale_product((a @ b.mT).float().cpu(), *rest, dtype))
         return found
 
     monkeypatch.setattr(operations, "run", watched)
+    monkeypatch.setattr(operations, "_scaled", counted)
     monkeypatch.setattr(block_scaled_gemm, "block_scaled_mm", exact)
     steps = []
     tables = [(table, {Form.OPERAND, Form.PACKED}), *([(native, {Form.PACKED})] if LOOPS_RUN else [])]
     # Two operands of each of six products, but that a matrix is not quantised twice where once will do.
     for used, forms in tables:
         seen.clear()
+        folded = 0
         with monkeypatch.context() as patch:
             patch.setattr(targets, "kernel_table", lambda target, product, used=used: used)
             steps.append(step(model, x, tangent))
         assert set(seen) == {Form.AMAX, Form.VALUE, *forms} and len(seen) > 12
         assert products == (6 if used.native else 0)
+        assert folded == 2
     if operations.INTERPRETED:
         seen.clear()
         # The CPU's own kernels as they are written: compiling them takes seconds, and is tested elsewhere.
