@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 from typer.testing import CliRunner
 
 pytest.importorskip("triton", reason="no triton for this system")
@@ -20,11 +20,11 @@ from nvfp4c.backend import compile_graph
 from nvfp4c.cli import USER_ERROR, app
 from nvfp4c.codegen import operations, targets
 from nvfp4c.dialect import DEQUANTIZE, PRODUCT, REGION, WEIGHT, Stage, arguments, region_outputs, weight
-from nvfp4c.emission import emit_task, whole_folder
+from nvfp4c.emission import NativeProduct, emit_task, programs, whole_folder
 from nvfp4c.errors import OptionError
 from nvfp4c.fused_graphs import fused_graphs
 from nvfp4c.options import parse
-from nvfp4c.tasks import load_task
+from nvfp4c.tasks import Task, load_task
 
 pytestmark = pytest.mark.skipif(operations.INTERPRETED, reason="compiles, which the interpreter does not")
 
@@ -218,6 +218,20 @@ def test_blackwell_multiplies_packed_operands(task: str, tmp_path: Path) -> None
         assert ".target sm_120a" in (out / f"{kernel['name']}.ptx").read_text()
         if "nearest" in kernel["computes"]:
             assert "cvt.rn.satfinite.e2m1x2.f32" in kernel["conversions"]
+
+
+def test_a_product_with_a_residual_is_a_kernel_of_its_own() -> None:
+    class Residual(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[1](x + self[0](x))
+
+    model = Residual(nn.Linear(32, 32), nn.Linear(32, 32)).bfloat16().requires_grad_(False)
+    task = Task("residual", model, args=(torch.randn(40, 32).bfloat16(),))
+    found = programs(fused_graphs(task, parse({"recipe": "nvfp4-all"}), "sm_100"), "sm_100")
+    assert [product.specialisation for product in found if isinstance(product, NativeProduct)] == [
+        ("a result in bfloat16", "a bias in bfloat16", "a residual in bfloat16"),
+        ("a result in bfloat16", "a bias in bfloat16", "no residual"),
+    ]
 
 
 def test_a_task_without_nvfp4_has_no_kernels(task: str, tmp_path: Path) -> None:

@@ -274,6 +274,12 @@ BROKEN = {
         "place", fused(wrong_value(REGION, lambda tensors: tensors[:0])), "stored value", stage=Stage.FUSED
     ),
     "wrong shape of a product": Broken("place", fused(wrong_value(PRODUCT, half)), "stored value", stage=Stage.FUSED),
+    "residual of another shape": Broken(
+        "place", fused(copy_argument(5, 0, PRODUCT)), "is not of its shape", stage=Stage.FUSED
+    ),
+    "residual of another shape, of packed operands": Broken(
+        "place", packed(copy_argument(7, 0, BLOCK_SCALED_MM)), "is not of its shape", stage=Stage.FUSED
+    ),
     "weight that is no input": Broken("place", weight_of_an_activation, "is no input", stage=Stage.FUSED),
     "weight quantised in two ways": Broken("place", weight_in_two_ways, "and in one way", stage=Stage.FUSED),
     "argument by name": Broken("insert_scaling", by_name, "takes rounding by name"),

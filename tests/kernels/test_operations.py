@@ -444,6 +444,13 @@ def test_the_factor_is_the_references(device: torch.device) -> None:
         assert torch.equal(bits(found), bits(dialect.PRODUCT(ones, ones, a_amax, b_amax, None, None, torch.float32)))
 
 
+def test_cublas_is_told_to_add_nothing_or_once(device: torch.device) -> None:
+    factors = torch.full((3,), torch.nan, device=device)
+    amaxes = [torch.tensor(value, device=device) for value in (2688.0, 1344.0)]
+    operations.product_factors(device)((*amaxes, factors))
+    assert factors.tolist() == [0.5, 0.0, 1.0]
+
+
 def test_products_that_are_not_exact_are_summed_in_fp32(device: torch.device) -> None:
     a, b = (torch.randn(rows, 300, generator=torch.Generator().manual_seed(rows)).bfloat16() for rows in (20, 36))
     amax = torch.tensor(2688.0, device=device)
