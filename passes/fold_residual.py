@@ -59,12 +59,17 @@ class _Folding:
 def _match(node: fx.Node) -> _Folding | None:
     """The product that a sum can become a part of: the later one, of two."""
     left, right = arguments(node)
-    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left is right:
-        return None
-    if node.kwargs.get("alpha", 1) != 1 or len({str(_layout(one)) for one in (node, left, right)}) != 1:
+    if not _is_tensor(left) or not _is_tensor(right) or left is right or node.kwargs.get("alpha", 1) != 1:
         return None
     found = [one for one in (_folding(left, right), _folding(right, left)) if one is not None]
-    return max(found, key=lambda one: one.product, default=None)
+    if not found or len({str(_layout(one)) for one in (node, left, right)}) != 1:
+        return None
+    return max(found, key=lambda one: one.product)
+
+
+def _is_tensor(term: object) -> bool:
+    """Numbers may be added too, and lengths, which are nodes where they are symbolic."""
+    return isinstance(term, fx.Node) and isinstance(term.meta.get("val"), Tensor)
 
 
 def _folding(term: fx.Node, other: fx.Node) -> _Folding | None:

@@ -286,6 +286,19 @@ def test_symbolic_sizes(dynamic: tuple[int, ...]) -> None:
         assert same_bits(run_exactly(copied(graph), *inputs), run_exactly(copied(before), *inputs))
 
 
+def test_a_length_is_no_residual() -> None:
+    class Shifted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + x.shape[0]
+
+    x = torch.randn(24, 32)
+    torch._dynamo.mark_dynamic(x, 0)
+    graph = run_until(captured(Shifted(32, 48), x, train=False), "place", ALL)
+    run_step(graph, FUSE, Stage.SCALED)
+    assert targets(graph)["aten.add.Tensor"] == 1
+    assert residuals(folded(graph)) == 0
+
+
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 def test_a_size_that_depends_on_data() -> None:
     class Chosen(nn.Module):
