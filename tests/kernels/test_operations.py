@@ -368,7 +368,7 @@ def spread(x: Tensor, gap: int) -> Tensor:
     return wide[..., gap:]
 
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+PLACES: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda x: x.mT.contiguous().mT,
     "rows apart": lambda x: spread(x, 16),
     "rows apart, nowhere aligned": lambda x: spread(x, 3),
@@ -380,7 +380,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("batch", [(), (3,)])
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("layout", PLACES.values(), ids=PLACES)
 def test_a_residual_may_lie_anywhere(
     device: torch.device,
     layout: Callable[[Tensor], Tensor],
