@@ -1,7 +1,8 @@
-"""Numbers on a GPU that start as 0, thousands from one launch: that of each amax would take as long as reducing a MiB.
+"""Numbers on a GPU that start as 0, hundreds from a few launches: one for each would last as long as reducing a MiB.
 
 A number is handed out once, on the stream that it was made on. That is the default stream, which no CUDA graph can
-capture: one that is captured has to make its zeros again each time it is replayed.
+capture: one that is captured has to make its zeros again each time it is replayed. Each has memory of its own, as what
+an operation returns must.
 """
 
 from __future__ import annotations
@@ -9,11 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-COUNT = 4096
-"""Of numbers made at once,"""
-
-APART = 4
-"""so many of them from one to the next that each is aligned to 16 bytes, which Inductor asks of every tensor."""
+COUNT = 256
+"""Of numbers made at once."""
 
 DEFAULT_STREAM = 0
 
@@ -37,4 +35,6 @@ def take(device: torch.device) -> Tensor:
 
 def _made(device: torch.device) -> list[Tensor]:
     with torch.inference_mode(False):  # training may come after inference
-        return list(torch.zeros(COUNT, APART, device=device)[:, 0].unbind())
+        found = [torch.empty((), device=device) for _ in range(COUNT)]
+        torch._foreach_zero_(found)
+    return found

@@ -30,6 +30,7 @@ def test_each_is_zero_and_handed_out_once(device: torch.device) -> None:
         assert each == 0
         each.fill_(number)
     assert [float(each) for each in found] == list(range(1, 3 * FEW + 1))
+    assert len({each.untyped_storage().data_ptr() for each in found}) == len(found), "operations return no aliases"
 
 
 def on_default_stream(x: torch.Tensor) -> list[torch.Tensor]:
