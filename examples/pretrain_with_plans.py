@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -153,11 +154,16 @@ def summary(runs: Mapping[str, Mapping[int, Run]]) -> list[str]:
 
 
 def teller(name: str, seed: int) -> Any:
-    """Prints a line at each validation."""
+    """Prints a line before it compiles and at each validation, with the seconds since it began."""
+    began = time.perf_counter()
 
     def tell(progress: Progress) -> None:
-        if progress.stage != "train":
-            print(f"{name}, seed {seed}: {progress.stage}, step {progress.step}, loss {progress.loss:.4f}", flush=True)
+        seconds = time.perf_counter() - began
+        if progress.stage == "compile":
+            print(f"{name}, seed {seed}: compiling", flush=True)
+        elif progress.stage == "validate":
+            step, loss = progress.step, progress.loss
+            print(f"{name}, seed {seed}: {seconds:.0f} s, step {step}, training loss {loss:.4f}", flush=True)
 
     return tell
 

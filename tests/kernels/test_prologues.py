@@ -217,7 +217,7 @@ def prologues(draw: st.DrawFn) -> Prologue:
     return Prologue(kinds, tuple(steps), (last + 1,) if draw(st.booleans()) else (last + 1, last + 1))
 
 
-@settings(max_examples=10 if operations.INTERPRETED else 60)
+@settings(max_examples=10 if operations.INTERPRETED else 30)
 @given(
     prologues(), st.integers(1, 40), st.integers(1, 70), st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 )
