@@ -297,10 +297,11 @@ def test_micro_batches_add_up():
 
 def test_ratios_are_to_the_first():
     one, two = variants("cpu", ["nvfp4"])
+    cold = tuple(CompileTime(forward, 9.0, 1.0) for forward in (6.0, 1.0, 80.0))
     result = TrainResult(
         (
-            Measured(one, Samples((2.0,)), Memory(50, 100), CompileTime(4.0, 6.0, 1.0), None),
-            Measured(two, Samples((4.0,)), Memory(50, 102), CompileTime(6.0, 9.0, 1.0), None),
+            Measured(one, Samples((2.0,)), Memory(50, 100), (CompileTime(4.0, 6.0, 1.0),), None),
+            Measured(two, Samples((4.0,)), Memory(50, 102), cold, None),
         )
     )
     found = result.to_dict()["nvfp4"]
@@ -324,12 +325,15 @@ def test_train_from_end_to_end(tmp_path, monkeypatch):
         bench_variants, "compile_model", lambda model, backend, options: torch.compile(model, backend="aot_eager")
     )
 
+    seconds = iter((1.0, 4.0, 2.0))
+
     def pretended(variant: str, size: str, device: str) -> CompileTime:
         assert (variant, size, device) == (REFERENCE, "tiny", "cpu")
-        return CompileTime(1.0, 2.0, 0.5)
+        return CompileTime(next(seconds), 2.0, 0.5)
 
     monkeypatch.setattr(compile_time, "measure", pretended)
     arguments = ("--size", "tiny", "--variant", "eager", "--rounds", "2", "--device", "cpu", "--profile", "--json")
+    arguments += ("--compiles", "3")
     found = invoke("bench", "train", *arguments, "--out", str(tmp_path))
     assert found.exit_code == 0, found.output
     record = json.loads(found.stdout)
@@ -340,17 +344,17 @@ def test_train_from_end_to_end(tmp_path, monkeypatch):
     assert eager["compile_seconds"] is None
     assert len(eager["step"]["seconds"]) == 2
     assert any(kernel["name"] == "aten::mm" for kernel in eager["profile"])
-    assert record["results"][REFERENCE]["compile_seconds"]["total"] == 3.0
+    assert record["results"][REFERENCE]["compile_seconds"]["median"] == 4.0
     assert record["settings"]["recipe"] == "nvfp4-all"
 
 
 def test_train_prints_a_table(monkeypatch):
     one, two = variants("cpu", ["nvfp4"])
     result = TrainResult(
-        (Measured(one, Samples((2.0,)), None, None, None), Measured(two, Samples((4.0,)), None, None, None))
+        (Measured(one, Samples((2.0,)), None, (), None), Measured(two, Samples((4.0,)), None, (), None))
     )
     monkeypatch.setattr(train, "measure", lambda *args, **how: result)
-    found = invoke("bench", "train", "--device", "cpu", "--no-compile-time")
+    found = invoke("bench", "train", "--device", "cpu", "--compiles", "0")
     assert found.exit_code == 0, found.output
     assert "small: 2 blocks" in found.stdout
     assert "nvfp4: NVFP4" in found.stdout
@@ -367,7 +371,7 @@ def test_compile_time_is_that_of_a_new_process_with_empty_caches(tmp_path, monke
 
 
 def test_a_failing_compile_says_why():
-    with pytest.raises(TargetError, match=r"no variant 'nothing'.*--no-compile-time"):
+    with pytest.raises(TargetError, match=r"no variant 'nothing'.*--compiles 0"):
         compile_time.measure("nothing", "tiny", "cpu")
 
 

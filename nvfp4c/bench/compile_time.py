@@ -60,7 +60,7 @@ def measure(variant: str, size: str, device: str) -> CompileTime:
         words = found.stderr.strip().splitlines() or [f"exit status {found.returncode}"]
         raise TargetError(
             f"The compile time of variant {variant!r} at size {size!r} could not be measured: {words[-1]}; "
-            "pass --no-compile-time to leave it out"
+            "pass --compiles 0 to leave it out"
         )
     return CompileTime(**json.loads(found.stdout.splitlines()[-1]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -30,13 +31,18 @@ budget, and on how fast the first kernels are launched on an idle GPU."""
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of one variant. memory: on a GPU. compile_time: of what is compiled, unless left out."""
+    """What is known of one variant. memory: on a GPU. compiles: cold ones, none of what is not compiled or left out."""
 
     variant: Variant
     step: Samples
     memory: Memory | None
-    compile_time: CompileTime | None
+    compiles: tuple[CompileTime, ...]
     profile: list[dict[str, Any]] | None
+
+    @property
+    def compile_seconds(self) -> float | None:
+        """The median."""
+        return statistics.median(one.total for one in self.compiles) if self.compiles else None
 
 
 @dataclass(frozen=True)
@@ -56,14 +62,14 @@ class TrainResult:
 
     def compile_ratio(self, of: Measured) -> float | None:
         """Its cold compile time over the reference's."""
-        reference = self.measured[0].compile_time
-        return of.compile_time.total / reference.total if of.compile_time and reference else None
+        own, reference = of.compile_seconds, self.measured[0].compile_seconds
+        return own / reference if own and reference else None
 
     def to_dict(self) -> dict[str, Any]:
         return {found.variant.name: self._to_dict(found) for found in self.measured}
 
     def _to_dict(self, found: Measured) -> dict[str, Any]:
-        compiling = found.compile_time
+        compiles = [{**asdict(one), "total": one.total} for one in found.compiles]
         return {
             "description": found.variant.description,
             "speed": self.speed(found),
@@ -71,7 +77,7 @@ class TrainResult:
             "compile_ratio": self.compile_ratio(found),
             "step": found.step.to_dict(),
             "memory": asdict(found.memory) if found.memory else None,
-            "compile_seconds": {**asdict(compiling), "total": compiling.total} if compiling else None,
+            "compile_seconds": {"median": found.compile_seconds, "samples": compiles} if compiles else None,
             **({"profile": found.profile} if found.profile else {}),
         }
 
@@ -84,20 +90,20 @@ def measure(
     in_a_row: int,
     *,
     micro_batches: int = 1,
-    with_compile_time: bool,
+    compiles: int,
     with_profile: bool,
     watch: Watch,
 ) -> TrainResult:
     """Measure the chosen variants, of which the first is the reference. in_a_row: steps a sample.
 
-    micro_batches: passes of a step, whose gradients add up.
+    micro_batches: passes of a step, whose gradients add up. compiles: with empty caches, of each variant.
 
     Raises TargetError where memory does not suffice, and whatever the backends raise.
     """
     assert chosen[0].name == REFERENCE
     try:
         # First, while this process holds no memory on the device.
-        compiling = _compile_times(chosen, size, device, watch) if with_compile_time else {}
+        compiling = _compile_times(chosen, size, device, compiles, watch)
         steps = build_steps(chosen, size, device)
         steps = {name: replace(step, micro_batches=micro_batches) for name, step in steps.items()}
         _compile(steps, watch)
@@ -116,7 +122,7 @@ def measure(
                 variant,
                 samples[variant.name],
                 memory.get(variant.name),
-                compiling.get(variant.name),
+                tuple(compiling.get(variant.name, ())),
                 profiles.get(variant.name),
             )
             for variant in chosen
@@ -124,12 +130,15 @@ def measure(
     )
 
 
-def _compile_times(chosen: Sequence[Variant], size: Size, device: str, watch: Watch) -> dict[str, CompileTime]:
-    compiled = [variant for variant in chosen if variant.backend is not None]
-    found = {}
-    for number, variant in enumerate(compiled):
-        watch(f"compiling {variant.name} with empty caches", number, len(compiled))
-        found[variant.name] = compile_time.measure(variant.name, size.name, device)
+def _compile_times(
+    chosen: Sequence[Variant], size: Size, device: str, compiles: int, watch: Watch
+) -> dict[str, list[CompileTime]]:
+    """In turns, so that what drifts drifts for all of them."""
+    compiled = [variant.name for variant in chosen if variant.backend is not None]
+    found: dict[str, list[CompileTime]] = {}
+    for number, name in enumerate(compiles * compiled):
+        watch(f"compiling {name} with empty caches", number, compiles * len(compiled))
+        found.setdefault(name, []).append(compile_time.measure(name, size.name, device))
     return found
 
 
