@@ -200,13 +200,14 @@ def _fuses(a: Tensor, b: Tensor, bias: Tensor | None, residual: Tensor | None, o
     """Whether what there is of bias and residual is added before the rounding.
 
     With sizes that fill no 16 bytes cuBLASLt was seen to round first and to add then, with CUDA 13. A bias: on an H100,
-    wherever N or K was such a size, a quarter to a third of the results differed. A residual: on an H200, 33 x 128 x
-    256 with operands by columns; on an H100 none of 140 shapes by rows.
+    wherever N or K was such a size, a quarter to a third of the results differed; any M was right, there and on an
+    H200. A residual: on an H200, 33 x 128 x 256; on an H100 none of 140 shapes with operands by rows.
     """
     added = [x for x in (bias, residual) if x is not None]
     if not added:
         return True
-    whole = all(size % VECTOR == 0 for size in (*a.shape[-2:], b.shape[-2]))
+    sizes = [a.shape[-1], b.shape[-2], *(() if residual is None else (a.shape[-2],))]
+    whole = all(size % VECTOR == 0 for size in sizes)
     whole = whole and all(x.data_ptr() % (2 * VECTOR) == 0 for x in (a, b, *added))
     vector = bias is None or (bias.shape == b.shape[-2:-1] and bias.stride(-1) == 1)
     return whole and vector and all(x.dtype == out_dtype for x in added)

@@ -28,13 +28,14 @@ from nvfp4c.codegen.device_math import (
 from nvfp4c.codegen.launching import Launch
 from nvfp4c.codegen.operations import SHAPES_KEPT, Layout, layout
 
-SUMS = 7
+SUMS = tl.constexpr(7)
 """elements, signal, noise, fourth, vanished, saturated, zeros."""
 
 LINES, WIDTH = 8, 256
 """Of a product, that one program of `compare` handles at a time; it goes on along the lines."""
 
-TERMS = 4
+TERMS = tl.constexpr(4)
+"""Sums of y^2, e^2, e y and (g e)^2."""
 
 
 @triton.jit
@@ -92,7 +93,7 @@ def tiles(
     quantised = value * factor
     square = x.to(tl.float64) * x.to(tl.float64)  # the fourth power of a small gradient is below what FP32 holds
     error = (quantised - x).to(tl.float64)
-    line = found + tile.to(tl.int64) * (7 + 2 * OCTAVES + SCALE_BINS)
+    line = found + tile.to(tl.int64) * (SUMS + 2 * OCTAVES + SCALE_BINS)
     tl.store(line, _total(inside.to(tl.float64)))
     tl.store(line + 1, _total(square))
     tl.store(line + 2, _total(error * error))
@@ -102,12 +103,12 @@ def tiles(
     tl.store(line + 6, _total((inside & (x == 0.0)).to(tl.float64)))
     octave = tl.arange(0, OCTAVES)
     before = _in_bins(_octave(magnitude, largest, OCTAVES), x != 0.0, OCTAVES)
-    tl.store(line + 7 + octave, before.to(tl.float64))
+    tl.store(line + SUMS + octave, before.to(tl.float64))
     after = _in_bins(_octave(tl.abs(quantised), largest, OCTAVES), quantised != 0.0, OCTAVES)
-    tl.store(line + 7 + OCTAVES + octave, after.to(tl.float64))
+    tl.store(line + SUMS + OCTAVES + octave, after.to(tl.float64))
     bins = tl.arange(0, SCALE_BINS)
     counted = (byte[:, None] >> 3 == bins[None, :]) & (scale > 0.0)[:, None]
-    tl.store(line + 7 + 2 * OCTAVES + bins, tl.sum(counted.to(tl.int32), 0).to(tl.float64))
+    tl.store(line + SUMS + 2 * OCTAVES + bins, tl.sum(counted.to(tl.int32), 0).to(tl.float64))
 
 
 def tile_statistics(
@@ -125,7 +126,7 @@ def tile_statistics(
     source, values: [M, K], any strides. down, across: int64, rows and columns of tiles of 16 x 16. tiled: blocks are
     16 x 16, else 1 x 16. octaves, scale_bins: bins of the histograms, powers of two.
     """
-    found = amax.new_empty((down.numel(), SUMS + 2 * octaves + scale_bins), dtype=torch.float64)
+    found = amax.new_empty((down.numel(), SUMS.value + 2 * octaves + scale_bins), dtype=torch.float64)
     launch = _of_tiles(layout(source), layout(values), down.numel(), tiled, octaves, scale_bins, source.device)
     launch((source, values, down, across, amax, found))
     return found.sum(0)
@@ -196,7 +197,7 @@ def compare(
             part = error * to_float32(tl.load(place, mask=inside, other=0.0))
             change += part
             diagonal += part * part
-    line = found + tl.program_id(0).to(tl.int64) * 4
+    line = found + tl.program_id(0).to(tl.int64) * TERMS
     tl.store(line, _total(signal))
     tl.store(line + 1, _total(noise))
     tl.store(line + 2, _total(aligned))
@@ -239,7 +240,7 @@ def compared(
     own = None if gradient is None else layout(gradient)
     amaxes = left_amax is not None, right_amax is not None
     launch = _of_products(layout(exact), own, amaxes, product.device)
-    found = product.new_empty((launch.programs, TERMS))
+    found = product.new_empty((launch.programs, TERMS.value))
     launch((product, exact, gradient, left_amax, right_amax, found, by_row))
     return found.sum(0), by_row
 

@@ -35,6 +35,6 @@ def take(device: torch.device) -> Tensor:
 
 def _made(device: torch.device) -> list[Tensor]:
     with torch.inference_mode(False):  # training may come after inference
-        found = [torch.empty((), device=device) for _ in range(COUNT)]
+        found = [torch.empty((), dtype=torch.float32, device=device) for _ in range(COUNT)]
         torch._foreach_zero_(found)
     return found

@@ -8,8 +8,9 @@ becomes
     %y = nvfp4.product(%a, %b, %aa, %ba, %bias, %r, bf16)
     %s = aten.view(%y, [2, 8, 32])
 
-so the sum is rounded once, and the product alone is neither written nor read. It is computed where the sum was, for %x
-may come after it. Of two products the later one takes the other as its residual; so sums of many become a chain.
+so the sum is rounded once, and the product alone is neither written nor read. A product does not wait for what comes
+after it: its operands would have to be kept until then. So of two products the later one takes the other as its
+residual, and sums of many become a chain.
 """
 
 from __future__ import annotations
@@ -49,22 +50,21 @@ def fold_residual(graph: fx.Graph) -> fx.Graph:
 
 @dataclass(frozen=True)
 class _Folding:
-    """A product, the views of it in their order, and what the last of them is added to."""
+    """A product, the last view of it, and what that is added to, before it was brought into its shape."""
 
     product: fx.Node
-    views: tuple[fx.Node, ...]
+    view: fx.Node
     other: fx.Node
 
 
 def _match(node: fx.Node) -> _Folding | None:
-    """The product that a sum can become a part of: the later one, of two."""
+    """The product that a sum can become a part of."""
     left, right = arguments(node)
     if not _is_tensor(left) or not _is_tensor(right) or left is right or node.kwargs.get("alpha", 1) != 1:
         return None
-    found = [one for one in (_folding(left, right), _folding(right, left)) if one is not None]
-    if not found or len({str(_layout(one)) for one in (node, left, right)}) != 1:
+    if len({str(_layout(one)) for one in (node, left, right)}) != 1:
         return None
-    return max(found, key=lambda one: one.product)
+    return _folding(left, right) or _folding(right, left)
 
 
 def _is_tensor(term: object) -> bool:
@@ -73,20 +73,20 @@ def _is_tensor(term: object) -> bool:
 
 
 def _folding(term: fx.Node, other: fx.Node) -> _Folding | None:
-    """A term that is a product which nothing else reads, and that adds nothing yet."""
-    views: list[fx.Node] = []
+    """A term that is a product which nothing else reads, which adds nothing yet, and which comes after the other."""
     product = term
     while len(product.users) == 1 and product.target in VIEWS:
-        views.insert(0, product)
         product = arguments(product)[0]
     if len(product.users) != 1 or product.target not in (PRODUCT, BLOCK_SCALED_MM):
         return None
+    while other.target in VIEWS:
+        other = arguments(other)[0]
     sizes = product.meta["val"].shape
     symbolic = sum(isinstance(size, torch.SymInt) for size in sizes)
     # One symbolic size follows from the others, unless there are no elements.
     deducible = symbolic == 0 or (symbolic == 1 and 0 not in [size for size in sizes if isinstance(size, int)])
     free = arguments(product)[RESIDUAL] is None
-    return _Folding(product, tuple(views), other) if free and deducible else None
+    return _Folding(product, term, other) if free and deducible and other < product else None
 
 
 def _layout(node: fx.Node) -> tuple[object, ...]:
@@ -97,15 +97,14 @@ def _layout(node: fx.Node) -> tuple[object, ...]:
 
 
 def _fold(graph: fx.Graph, node: fx.Node, found: _Folding) -> None:
-    product, other = found.product, found.other
-    if found.views:
-        shape = [size if isinstance(size, int) else -1 for size in product.meta["val"].shape]
-        with graph.inserting_before(node):
-            other = insert(graph, aten.reshape.default, (other, shape), product)
-    for each in (product, *found.views):
-        node.prepend(each)
+    product, residual = found.product, found.other
+    shape = product.meta["val"].shape
+    if str(list(residual.meta["val"].shape)) != str(list(shape)):
+        sizes = [size if isinstance(size, int) else -1 for size in shape]
+        with graph.inserting_before(product):
+            residual = insert(graph, aten.reshape.default, (residual, sizes), product)
     args = list(arguments(product))
-    args[RESIDUAL] = other
+    args[RESIDUAL] = residual
     product.args = tuple(args)
-    node.replace_all_uses_with(found.views[-1] if found.views else product)
+    node.replace_all_uses_with(found.view)
     graph.erase_node(node)

@@ -44,7 +44,7 @@ class Compared:
         gradient = None if self.gradient is None else self.gradient.reshape(*batch, m, n)
         step = max(1, PART[left.device.type] // max(1, n * math.prod(batch)))
         totals, by_row = [], []
-        for start in range(0, m, step):
+        for start in range(0, m, step) or [0]:  # also of no rows, as those of an expert without tokens
             size = min(step, m - start)
             part = self.quantities[0].narrow(-2, start, size)
             exact = (

@@ -88,7 +88,7 @@ class Quantizer:
         """Computed where it is needed: a number sent there would be waited for."""
         if device not in self._seeds:
             of_batch = (self.seed % (1 << SEED_BITS) << BATCH_BITS | self._batch) << OPERAND_BITS
-            self._seeds[device] = torch.tensor(of_batch, dtype=torch.int64, device=device)
+            self._seeds[device] = torch.full((), of_batch, dtype=torch.int64, device=device)
         return self._seeds[device] + self._operand
 
 

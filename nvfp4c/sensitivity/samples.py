@@ -55,7 +55,7 @@ def sample(operand: Quantized, block: tuple[int, int]) -> Sample:
 def drawn(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
     """Which tiles, by rows and columns of tiles, and the elements in them. Of many rows the last that make no whole
     tile are left out."""
-    rows = rows if rows < BLOCK else rows // BLOCK * BLOCK
+    rows = _whole(rows)
     across = math.ceil(columns / BLOCK)
     count = math.ceil(rows / BLOCK) * across
     places = sorted(random.Random(0).sample(range(count), min(TILES, count)))
@@ -65,10 +65,15 @@ def drawn(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor
     return down.to(device), right.to(device), elements
 
 
+def _whole(rows: int) -> int:
+    """Of many rows those that make whole tiles, of few all."""
+    return rows if rows < BLOCK else rows // BLOCK * BLOCK
+
+
 def _tiles(x: Tensor, down: Tensor, across: Tensor) -> Tensor:
     """Those tiles of a matrix [.., M, K]."""
     x = x.reshape(-1, x.shape[-1])
-    x = x if x.shape[0] < BLOCK else x[: x.shape[0] // BLOCK * BLOCK]
+    x = x[: _whole(x.shape[0])]
     missing = -x.shape[0] % BLOCK, -x.shape[1] % BLOCK
     if any(missing):
         x = F.pad(x, (0, missing[1], 0, missing[0]))
@@ -81,7 +86,7 @@ def statistics_on_gpu(operand: Quantized, block: tuple[int, int]) -> Tensor:
     from nvfp4c.codegen.probing import tile_statistics  # imports triton, which a machine without a GPU need not have
 
     source, values = (x.reshape(-1, x.shape[-1]) for x in (operand.source, operand.values))
-    rows = source.shape[0] if source.shape[0] < BLOCK else source.shape[0] // BLOCK * BLOCK
+    rows = _whole(source.shape[0])
     down, across, _ = drawn(*source.shape, source.device)
     places = source[:rows], values[:rows], down, across
     return tile_statistics(*places, operand.amax, block == TILE_BLOCK, OCTAVES, SCALE_BINS)

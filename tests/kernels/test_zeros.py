@@ -7,7 +7,7 @@ import torch
 
 from nvfp4c.codegen import operations, zeros
 from nvfp4c.formats import DEFAULT_SIGNS
-from nvfp4c.region import Axis, Form, Output, Region
+from nvfp4c.region import Axis, Form, Layout, Output, Region
 
 FEW = 3
 REDUCED = Region((Output(Form.AMAX), Output(Form.AMAX, Axis.COLUMNS, signs=DEFAULT_SIGNS))).to_json()
@@ -31,6 +31,33 @@ def test_each_is_zero_and_handed_out_once(device: torch.device) -> None:
         each.fill_(number)
     assert [float(each) for each in found] == list(range(1, 3 * FEW + 1))
     assert len({each.untyped_storage().data_ptr() for each in found}) == len(found), "operations return no aliases"
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_they_are_float32_whatever_is_made_by_default(default: torch.dtype, device: torch.device) -> None:
+    torch.set_default_dtype(default)
+    try:
+        found = zeros.take(device)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype is torch.float32
+
+
+def test_kernels_start_from_them(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Amaxes are taken from there, and scales padded to whole tiles are zeroed all the same."""
+    monkeypatch.setattr(zeros, "at_hand", lambda device: True)
+    native = Output(Form.PACKED, layout=Layout.NATIVE)
+    x = torch.randn(40, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for factor in range(1, 3 * FEW):
+        scaled = (x * factor).to(device)
+        amaxes = operations.region([scaled], [], None, REDUCED)
+        expected = torch.ops.nvfp4.region([scaled.cpu()], [], None, REDUCED)
+        assert [float(amax) for amax in amaxes] == [float(amax) for amax in expected]
+        text = Region((native,)).to_json()
+        packed = operations.region([scaled], amaxes[:1], None, text)
+        wanted = torch.ops.nvfp4.region([scaled.cpu()], expected[:1], None, text)
+        for one, other in zip(packed, wanted, strict=True):
+            assert torch.equal(one.cpu().view(torch.uint8), other.view(torch.uint8))
 
 
 def on_default_stream(x: torch.Tensor) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from nvfp4c import numerics
 from nvfp4c.formats import E2M1_MAX, GLOBAL_MAX, ROW_BLOCK, TILE_BLOCK
+from nvfp4c.sensitivity.compared import Compared
 from nvfp4c.sensitivity.measurements import OCTAVES, SCALE_BINS
 from nvfp4c.sensitivity.quantized import Quantized
 from nvfp4c.sensitivity.samples import TILES, octaves, sample, statistics
@@ -81,3 +82,12 @@ def test_octaves_count_everything_but_zeros() -> None:
     found = octaves(torch.tensor([8.0, 5.0, 4.0, 1.0, 0.0, 1e-30]), torch.tensor(8.0))
     assert found.tolist() == [0, 0, 1, 3, OCTAVES, OCTAVES - 1]
     assert octaves(torch.zeros(7), torch.tensor(0.0)).tolist() == 7 * [OCTAVES]
+
+
+def test_a_product_without_rows_has_no_error() -> None:
+    """Such as that of an expert that no token was sent to."""
+    left, right = (operand((rows, 32), ROW_BLOCK) for rows in (16, 48))
+    none = left.narrow(-2, 0, 0)
+    gradient = torch.empty(0, 48)
+    compared = Compared((none.source, right.source), (none, right), None, gradient, 0, False)
+    assert compared.sums().tolist() == 7 * [0.0]
