@@ -4,12 +4,14 @@ python examples/pretrain_with_plans.py --seeds 0 1 2
 
 A short pilot run in high precision is measured (`nvfp4c sensitivity`), and a plan is solved for. Then, for each seed,
 the GPT is trained from the start in high precision, with that plan, and with the paper's rule at the same budget: first
-and last blocks in BF16. Results so far are on disk after each run.
+and last blocks in BF16. Results so far are on disk after each run; with --resume a later call goes on from there, with
+the same plans.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -21,11 +23,11 @@ from typing import Any
 from nvfp4c import recipe as recipes
 from nvfp4c.bench.record import Record, about, save
 from nvfp4c.cli.bench import progress
-from nvfp4c.errors import Nvfp4Error
-from nvfp4c.plan import PrecisionPlan
+from nvfp4c.errors import DataError, Nvfp4Error
+from nvfp4c.plan import PrecisionPlan, from_rules
 from nvfp4c.quickstart import data
 from nvfp4c.quickstart.model import size_named
-from nvfp4c.quickstart.results import prepared, run_to_dict
+from nvfp4c.quickstart.results import prepared, run_from_dict, run_to_dict
 from nvfp4c.quickstart.train import (
     Progress,
     Run,
@@ -43,6 +45,9 @@ from nvfp4c.sensitivity.analyze import analyze
 from nvfp4c.sensitivity.budgets import PAPER_SHARE, Budget
 from nvfp4c.sensitivity.intervals import mean_and_interval
 from nvfp4c.sensitivity.plans import to_plan
+
+Runs = dict[str, dict[int, Run]]
+"""Runs by what they were trained with, and by seed."""
 
 HIGH, SOLVED, PAPER = "high precision", "solved", "paper"
 PILOT_SHARE = 0.25
@@ -68,26 +73,28 @@ def compare(arguments: argparse.Namespace) -> None:
     folder = prepared(arguments.out)
     corpus = data.load(arguments.data, minimum=settings.minimum_bytes)
     recipe = recipes.get(arguments.recipe)
-    analysis = analysed(settings, corpus, recipe, arguments.budget)
-    plans = {SOLVED: plan_of(analysis, "solved"), PAPER: plan_of(analysis, "paper")}
-    chosen = {
+    asked = {
         "model": asdict(size),
         "steps": settings.steps,
         "pilot_steps": pilot(settings).steps,
         "budget": arguments.budget,
         "recipe": recipe.to_dict(),
-        "plans": {name: plan.to_dict() for name, plan in plans.items()},
-        "scores": analysis.to_dict()["scores"],
     }
-    record = Record(
-        f"pretraining-plans-{device}-{size.name}",
-        about(device, f"python {' '.join(sys.argv)}", arguments.commit),
-        chosen,
-        {"runs": {}, "gaps": {}},
-    )
-    runs: dict[str, dict[int, Run]] = {name: {} for name in (HIGH, SOLVED, PAPER)}
+    called = f"pretraining-plans-{device}-{size.name}"
+    runs: Runs = {name: {} for name in (HIGH, SOLVED, PAPER)}
+    if arguments.resume:
+        chosen, runs = earlier(folder / f"{called}.json", asked)
+        plans = {name: from_rules(plan["rules"], name, plan["provenance"]) for name, plan in chosen["plans"].items()}
+    else:
+        analysis = analysed(settings, corpus, recipe, arguments.budget)
+        plans = {SOLVED: plan_of(analysis, "solved"), PAPER: plan_of(analysis, "paper")}
+        written = {name: plan.to_dict() for name, plan in plans.items()}
+        chosen = {**asked, "plans": written, "scores": analysis.to_dict()["scores"]}
+    record = Record(called, about(device, f"python {' '.join(sys.argv)}", arguments.commit), chosen, {})
     for seed in arguments.seeds:
         for name in runs:
+            if seed in runs[name]:
+                continue
             backend, options = (
                 ("nvfp4", {"recipe": recipe, "plan": plans[name]}) if name in plans else ("inductor", None)
             )
@@ -95,6 +102,21 @@ def compare(arguments: argparse.Namespace) -> None:
             save(replace(record, results=results(runs)), folder)
     for line in summary(runs):
         print(line)
+
+
+def earlier(path: Path, asked: Mapping[str, Any]) -> tuple[dict[str, Any], Runs]:
+    """The settings and the runs in a file that an earlier call has left. Raises DataError where there is none, or where
+    it is of something else than was asked for."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        settings, runs = found["settings"], found["results"]["runs"]
+        known = {name: {int(seed): run_from_dict(run) for seed, run in own.items()} for name, own in runs.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} holds no results to go on from ({error}); leave out --resume to begin anew") from error
+    for key, value in json.loads(json.dumps(asked)).items():
+        if settings.get(key) != value:
+            raise DataError(f"{path} is of another {key}; leave out --resume to begin anew, or give another --out")
+    return settings, known
 
 
 def pilot(settings: Settings) -> Settings:
@@ -178,6 +200,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recipe", default="nvfp4-all", help="how FP4 is done (default: %(default)s)")
     parser.add_argument("--data", type=Path, help="a folder of text; the Python standard library by default")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--resume", action="store_true", help="go on from what an earlier call has left in --out")
     parser.add_argument("--commit", help="what to record where this is no git checkout")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     return parser.parse_args()

@@ -72,3 +72,18 @@ def test_every_run_has_its_plan(example: ModuleType, tmp_path: Path, monkeypatch
     assert max(solved.provenance["share_in_bf16"], paper.provenance["share_in_bf16"]) <= 0.15
     assert paper.decide("lm_head", "fprop")[0] == "bf16"
     assert set(written["results"]["runs"]) == {"high precision", "solved", "paper"}
+
+    # What is there is not run again; another seed is, with the plans that are known.
+    before = len(seen)
+    monkeypatch.setattr(sys, "argv", ["pretrain_with_plans.py", *arguments[:4], "--seeds", "5", "7", *arguments[7:]])
+    sys.argv.append("--resume")
+    example.main()
+    assert [(seed, backend) for seed, backend, _ in seen[before:]] == [(7, backend) for backend in each]
+    again = json.loads((tmp_path / "pretraining-plans-cpu-tiny.json").read_text())
+    assert again["settings"] == written["settings"]
+    assert seen[-2][2]["plan"] == solved and seen[-1][2]["plan"] == paper  # type: ignore[index]
+    assert all(set(own) == {"3", "5", "7"} for own in again["results"]["runs"].values())
+    assert again["results"]["runs"]["paper"]["3"] == written["results"]["runs"]["paper"]["3"]
+    sys.argv[sys.argv.index("8")] = "9"
+    with pytest.raises(SystemExit, match="is of another steps"):
+        example.main()
