@@ -95,10 +95,9 @@ def compare(arguments: argparse.Namespace) -> None:
         for name in runs:
             if seed in runs[name]:
                 continue
-            backend, options = (
-                ("nvfp4", {"recipe": recipe, "plan": plans[name]}) if name in plans else ("inductor", None)
-            )
-            runs[name][seed] = train(replace(settings, seed=seed), corpus, backend, options, teller(name, seed))
+            nvfp4 = {"recipe": recipe, "plan": plans[name], "mode": arguments.mode} if name in plans else None
+            backend = "nvfp4" if nvfp4 else "inductor"
+            runs[name][seed] = train(replace(settings, seed=seed), corpus, backend, nvfp4, teller(name, seed))
             save(replace(record, results=results(runs)), folder)
     for line in summary(runs):
         print(line)
@@ -200,6 +199,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recipe", default="nvfp4-all", help="how FP4 is done (default: %(default)s)")
     parser.add_argument("--data", type=Path, help="a folder of text; the Python standard library by default")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--mode", default="default", help="of NVFP4 runs; reduce-overhead suits small models")
     parser.add_argument("--resume", action="store_true", help="go on from what an earlier call has left in --out")
     parser.add_argument("--commit", help="what to record where this is no git checkout")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
