@@ -418,6 +418,11 @@ WEIGHT = torch.ops.nvfp4.weight.default
 PRODUCT = torch.ops.nvfp4.product.default
 BLOCK_SCALED_MM = torch.ops.nvfp4.block_scaled_mm.default
 
+FAKES: dict[Target, Callable[..., Any]] = {
+    getattr(torch.ops.nvfp4, schema.split("(", 1)[0]).default: fake for schema, _, fake in _OPERATIONS
+}
+"""What gives an operation's results without computing them, under a fake mode: calling it takes far longer."""
+
 RESIDUAL = -2
 """The place of the residual among the arguments of PRODUCT and of BLOCK_SCALED_MM."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch._guards import detect_fake_mode
 from torch.fx.node import Target
 from torch.utils._pytree import tree_map
 
-from nvfp4c.dialect import arguments
+from nvfp4c.dialect import FAKES, arguments
 
 aten = torch.ops.aten
 
@@ -95,8 +94,11 @@ def _derived(node: fx.Node, like: fx.Node) -> Any:
     args, kwargs = value(tuple(arguments(node))), value(dict(node.kwargs))
     if node.target is operator.getitem:  # needs no fake mode, which takes long to enter
         return args[0][args[1]]
-    with detect_fake_mode([*args, like.meta.get("val")]) or nullcontext():
+    mode = detect_fake_mode([*args, like.meta.get("val")])
+    if mode is None:
         return node.target(*args, **kwargs)
+    with mode:
+        return FAKES.get(node.target, node.target)(*args, **kwargs)
 
 
 def copy_origin(node: fx.Node, like: fx.Node) -> None:
