@@ -126,7 +126,7 @@ def test_from_end_to_end(tmp_path: Path, without_inductor: None) -> None:
     found = invoke(f"{tmp_path / 'tasks.py'}:good", *arguments)
     assert found.exit_code == 0, found.output
     record = json.loads(found.stdout)
-    assert record == json.loads((tmp_path / "bench-probe-cpu-tiny.json").read_text())
+    assert record == json.loads((tmp_path / "bench-probe-cpu-task.json").read_text())
     assert list(record["results"]) == [PROBE, EAGER, INDUCTOR]
     assert record["about"]["commit"] == "abc1234567"
     assert record["settings"]["parameters"] == 32 * 32 + 32
