@@ -25,7 +25,7 @@ from nvfp4c.recipe import ROLES
 from nvfp4c.sensitivity.compared import Compared
 from nvfp4c.sensitivity.measurements import LOSS_TERMS, OCTAVES, OperandMeasure, RoleMeasure, SiteMeasure
 from nvfp4c.sensitivity.quantized import Quantized, Quantizer
-from nvfp4c.sensitivity.samples import TOGETHER, Sample, sample, statistics, statistics_on_gpu
+from nvfp4c.sensitivity.samples import Samples
 from nvfp4c.sites import ModelNames
 
 NO_GRADIENT = "no gradient reaches it, so what it does to the loss cannot be measured"
@@ -56,7 +56,7 @@ class Probe:
     _sums: dict[tuple[str, str], _Sums] = field(default_factory=dict)
     _inputs: dict[tuple[int, fx.Node], int] = field(default_factory=dict)
     _recent: list[tuple[Tensor, Quantization, Quantized]] = field(default_factory=list)
-    _samples: _Samples = field(default_factory=lambda: _Samples())
+    _samples: Samples = field(default_factory=Samples)
 
     def __post_init__(self) -> None:
         self._quantizer = Quantizer(self.seed)
@@ -191,11 +191,16 @@ class _Sums:
     @property
     def finite(self) -> bool:
         """Whether no operand and no result had an infinite number or a NaN in it."""
-        return all(map(math.isfinite, chain(self._result, *map(_total, self._operands.values()))))
+        return all(map(math.isfinite, chain(self._result, *self._totals.values())))
 
     @cached_property
     def _result(self) -> list[float]:
         return _total(self._results)
+
+    @cached_property
+    def _totals(self) -> dict[int, list[float]]:
+        """Of the operands, by their place."""
+        return {place: _total(found) for place, found in sorted(self._operands.items())}
 
     def add_result(self, compared: Compared) -> None:
         self._results.append(compared.sums())
@@ -224,10 +229,7 @@ class _Sums:
             signal=signal,
             noise=noise,
             aligned=aligned,
-            operands=tuple(
-                _operand_measure(self._kinds[place].value, _total(found))
-                for place, found in sorted(self._operands.items())
-            ),
+            operands=tuple(_operand_measure(self._kinds[place].value, sums) for place, sums in self._totals.items()),
             **loss,
         )
 
@@ -249,32 +251,6 @@ def _total(sums: Sequence[Tensor]) -> list[float]:
     """The sum of each place."""
     first, *others = [found.tolist() for found in sums] or [[]]
     return [sum(values) for values in zip(first, *others, strict=True)] if others else first
-
-
-class _Samples:
-    """Samples of operands until there are enough to look at, each with the list that its statistics go to."""
-
-    def __init__(self) -> None:
-        self._waiting: dict[tuple[torch.device, tuple[int, int]], list[tuple[list[Tensor], Sample]]] = {}
-
-    def add(self, target: list[Tensor], operand: Quantized, block: tuple[int, int]) -> None:
-        if operand.source.is_cuda:
-            target.append(statistics_on_gpu(operand, block))
-            return
-        waiting = self._waiting.setdefault((operand.source.device, block), [])
-        waiting.append((target, sample(operand, block)))
-        if len(waiting) == TOGETHER:
-            self._look(waiting)
-
-    def finish(self) -> None:
-        for waiting in self._waiting.values():
-            self._look(waiting)
-
-    def _look(self, waiting: list[tuple[list[Tensor], Sample]]) -> None:
-        if waiting:
-            for (target, _), row in zip(waiting, statistics([found for _, found in waiting]), strict=True):
-                target.append(row)
-        waiting.clear()
 
 
 def _operand_measure(kind: str, sums: list[float]) -> OperandMeasure:

@@ -145,3 +145,31 @@ def _counts(bins: Tensor, amount: int) -> Tensor:
     count = bins.shape[0]
     own = amount * torch.arange(count, device=bins.device).reshape(-1, 1, 1, 1)
     return torch.bincount((bins + own).flatten(), minlength=count * amount).reshape(count, amount).double()
+
+
+class Samples:
+    """Samples of operands until there are enough to look at, each with the list that its statistics go to."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[tuple[torch.device, tuple[int, int]], list[tuple[list[Tensor], Sample]]] = {}
+
+    def add(self, target: list[Tensor], operand: Quantized, block: tuple[int, int]) -> None:
+        """operand, block: as in `sample`. On a GPU one kernel looks at an operand, so nothing waits there."""
+        if operand.source.is_cuda:
+            target.append(statistics_on_gpu(operand, block))
+            return
+        waiting = self._waiting.setdefault((operand.source.device, block), [])
+        waiting.append((target, sample(operand, block)))
+        if len(waiting) == TOGETHER:
+            self._look(waiting)
+
+    def finish(self) -> None:
+        """Look at what still waits."""
+        for waiting in self._waiting.values():
+            self._look(waiting)
+
+    def _look(self, waiting: list[tuple[list[Tensor], Sample]]) -> None:
+        if waiting:
+            for (target, _), row in zip(waiting, statistics([found for _, found in waiting]), strict=True):
+                target.append(row)
+        waiting.clear()

@@ -12,6 +12,7 @@ from nvfp4c.sensitivity.measure import everywhere, measure
 from nvfp4c.sensitivity.measurements import LOSS_TERMS, Measurements
 from nvfp4c.sensitivity.switched import SwitchedModel
 
+# What is compared is a GPU with the CPU.
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 NEAREST = Recipe("nearest", gradient_rounding="nearest")

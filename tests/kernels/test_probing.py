@@ -10,9 +10,8 @@ from nvfp4c import numerics
 from nvfp4c.codegen import probing
 from nvfp4c.formats import ROW_BLOCK, TILE_BLOCK
 from nvfp4c.sensitivity.compared import terms
-from nvfp4c.sensitivity.measurements import OCTAVES, SCALE_BINS
 from nvfp4c.sensitivity.quantized import Quantized
-from nvfp4c.sensitivity.samples import drawn, sample, statistics
+from nvfp4c.sensitivity.samples import sample, statistics, statistics_on_gpu
 
 SUMS = 1e-5
 """Relative: sums in FP32 of thousands of terms in another order."""
@@ -29,20 +28,16 @@ def operand(shape: tuple[int, ...], block: tuple[int, int], dtype: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("block", [ROW_BLOCK, TILE_BLOCK])
-@pytest.mark.parametrize("shape", [(32, 48), (7, 33), (200, 176)])
+@pytest.mark.parametrize("shape", [(32, 48), (7, 33), (200, 176), (3, 32, 48)])
 @pytest.mark.parametrize("turned", [False, True])
 def test_statistics(
-    shape: tuple[int, int], block: tuple[int, int], dtype: torch.dtype, turned: bool, device: torch.device
+    shape: tuple[int, ...], block: tuple[int, int], dtype: torch.dtype, turned: bool, device: torch.device
 ) -> None:
     found = operand(shape, block, dtype)
     (expected,) = statistics([sample(found, block)])
-    down, across, _ = drawn(*shape, torch.device("cpu"))
     there = (x.to(device) for x in (found.source, found.values))
     source, values = (x.mT.contiguous().mT if turned else x for x in there)
-    places = down.to(device), across.to(device)
-    got = probing.tile_statistics(
-        source, values, *places, found.amax.to(device), block == TILE_BLOCK, OCTAVES, SCALE_BINS
-    )
+    got = statistics_on_gpu(Quantized(source, values, found.amax.to(device)), block)
     # Sums in FP64 of the same FP32 numbers, and counts.
     torch.testing.assert_close(got.cpu(), expected, rtol=1e-12, atol=0)
 

@@ -84,7 +84,7 @@ def in_a_graph_replayed_twice(x: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu  # streams and CUDA graphs are a GPU's own
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("way", [on_default_stream, on_another_stream, in_a_graph_replayed_twice])
 def test_amaxes_are_right_wherever_they_are_reduced(way, device: torch.device) -> None:  # type: ignore[no-untyped-def]
