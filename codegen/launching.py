@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch._inductor import config as inductor_config
+from torch._inductor.async_compile import get_compile_threads
+
+from nvfp4c.codegen.compiling import Job, compile_apart
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -53,32 +55,53 @@ class Launch:
                 return
             for compiling in _under_way.pop(self.kernel, ()):
                 compiling.exception()  # waits; what went wrong there goes wrong here again
-            found = self.kernel[grid](*tensors, *self.numbers, **self.constants, **self._options)
+            found = self.kernel[grid](*tensors, *self.numbers, **self.constants, **self.options)
             if not INTERPRETED:
                 self.compiled[aligned] = found[grid]
 
     @property
-    def _options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
+        """Of the compiler."""
         return {"num_warps": self.warps, "enable_fp_fusion": False}
 
     def warm_up(self) -> None:
         """Compile it for aligned tensors, and load it on the current GPU, where that has not been done."""
         arguments = *self.types, *self.numbers
-        compiled = self.kernel.warmup(*arguments, **self.constants, **self._options, grid=(self.programs,))
+        compiled = self.kernel.warmup(*arguments, **self.constants, **self.options, grid=(self.programs,))
         compiled.run  # noqa: B018  (reading it loads the kernel, and has a C compiler build what launches it)
+
+    @property
+    def job(self) -> Job:
+        """What `warm_up` compiles, for another process."""
+        function = self.kernel.fn
+        types = tuple(None if dtype is None else str(dtype) for dtype in self.types)
+        return Job(
+            module=function.__module__,
+            path=function.__code__.co_filename,
+            name=function.__name__,
+            types=types,
+            numbers=self.numbers,
+            constants=dict(self.constants),
+            options=self.options,
+        )
 
 
 def compile_ahead(launches: Sequence[Launch], device: torch.device) -> None:
-    """Start to compile all of them in the background; those of one kernel in turn, for most are alike."""
+    """Start to compile all of them in the background, kernels side by side and the forms of one in turn, for most are
+    alike. Kernels that were never compiled here compile in processes of their own."""
     by_kernel: dict[Any, list[Launch]] = {}
     for launch in launches:
         by_kernel.setdefault(launch.kernel, []).append(launch)
     for kernel, alike in by_kernel.items():
-        _under_way.setdefault(kernel, []).append(_pool().submit(_warm_up, alike, device))
+        compiling = _pool().submit(_warm_up, alike, device, kernel not in _met)
+        _met.add(kernel)
+        _under_way.setdefault(kernel, []).append(compiling)
 
 
-def _warm_up(launches: Sequence[Launch], device: torch.device) -> None:
+def _warm_up(launches: Sequence[Launch], device: torch.device, apart: bool) -> None:
     with torch.cuda.device(device):  # of this thread
+        if apart and get_compile_threads() > 1:
+            compile_apart([launch.job for launch in launches])  # where that fails, it compiles here
         for launch in launches:
             launch.warm_up()
 
@@ -86,11 +109,14 @@ def _warm_up(launches: Sequence[Launch], device: torch.device) -> None:
 _under_way: dict[Any, list[Future[None]]] = {}
 """Compiling of kernels that has been started and not yet waited for."""
 
+_met: set[Any] = set()
+"""Kernels that have been compiled ahead."""
+
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    """Threads, for nearly all of Triton's compiling is done outside of Python. As many as Inductor compiles with."""
-    return ThreadPoolExecutor(inductor_config.compile_threads, thread_name_prefix="nvfp4c-compile")
+    """Threads, which wait for processes. As many as Inductor compiles with."""
+    return ThreadPoolExecutor(get_compile_threads(), thread_name_prefix="nvfp4c-compile")
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
