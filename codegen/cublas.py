@@ -199,14 +199,18 @@ def _place(x: Tensor) -> Place:
 def _fuses(a: Tensor, b: Tensor, bias: Tensor | None, residual: Tensor | None, out_dtype: torch.dtype) -> bool:
     """Whether what there is of bias and residual is added before the rounding.
 
-    With sizes that fill no 16 bytes cuBLASLt was seen to round first and to add then, with CUDA 13. A bias: on an H100,
-    wherever N or K was such a size, a quarter to a third of the results differed; any M was right, there and on an
-    H200. A residual: on an H200, 33 x 128 x 256; on an H100 none of 140 shapes with operands by rows.
+    Where a size or the distance of two rows fills no whole 16 bytes cuBLASLt was seen to round first and to add then,
+    with CUDA 13, a quarter to a third of the results differing. M counts only for what lies by its rows: of a bias
+    with `a` by rows any M was right.
     """
     added = [x for x in (bias, residual) if x is not None]
     if not added:
         return True
-    sizes = [a.shape[-1], b.shape[-2], *(() if residual is None else (a.shape[-2],))]
+    left, right = _matrix(a.shape, a.stride()), _matrix(b.shape, b.stride())
+    if left is None or right is None:
+        return False
+    any_m = residual is None and not left.flipped
+    sizes = [a.shape[-1], b.shape[-2], left.leading, right.leading, *(() if any_m else (a.shape[-2],))]
     whole = all(size % VECTOR == 0 for size in sizes)
     whole = whole and all(x.data_ptr() % (2 * VECTOR) == 0 for x in (a, b, *added))
     vector = bias is None or (bias.shape == b.shape[-2:-1] and bias.stride(-1) == 1)
