@@ -4,8 +4,8 @@ python examples/pretrain_with_plans.py --seeds 0 1 2
 
 A short pilot run in high precision is measured (`nvfp4c sensitivity`), and a plan is solved for. Then, for each seed,
 the GPT is trained from the start in high precision, with that plan, and with the paper's rule at the same budget: first
-and last blocks in BF16. Results so far are on disk after each run; with --resume a later call goes on from there, with
-the same plans.
+and last blocks in BF16. The plans, and after each run the results so far, are on disk; with --resume a later call goes
+on from there, with the same plans. Without a seed the plans are all there is.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def compare(arguments: argparse.Namespace) -> None:
         written = {name: plan.to_dict() for name, plan in plans.items()}
         chosen = {**asked, "plans": written, "scores": analysis.to_dict()["scores"]}
     record = Record(called, about(device, f"python {' '.join(sys.argv)}", arguments.commit), chosen, {})
+    save(replace(record, results=results(runs)), folder)
     for seed in arguments.seeds:
         for name in runs:
             if seed in runs[name]:
@@ -99,8 +100,8 @@ def compare(arguments: argparse.Namespace) -> None:
             backend = "nvfp4" if nvfp4 else "inductor"
             runs[name][seed] = train(replace(settings, seed=seed), corpus, backend, nvfp4, teller(name, seed))
             save(replace(record, results=results(runs)), folder)
-    for line in summary(runs):
-        print(line)
+    if runs[HIGH]:
+        print(*summary(runs), sep="\n")
 
 
 def earlier(path: Path, asked: Mapping[str, Any]) -> tuple[dict[str, Any], Runs]:
@@ -192,7 +193,7 @@ def teller(name: str, seed: int) -> Any:
 def parse() -> argparse.Namespace:
     """The command line; see `--help`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="training steps of each run; the size's by default")
     parser.add_argument("--model-size", help="tiny, small, medium or large")
     parser.add_argument("--budget", type=float, default=PAPER_SHARE, help="share of operations in BF16 (%(default)s)")
