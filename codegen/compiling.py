@@ -1,25 +1,25 @@
-"""Compiling kernels in a process of its own: much of Triton's compiling is Python, which runs one thread at a time.
+"""Compiling kernels in Inductor's compile workers: what of Triton's compiling is Python holds back the whole process.
 
-`compile_apart` describes kernels to such a process, which leaves what it compiles in Triton's cache on disk. There the
-process that asked finds it when it compiles the same. The other process needs neither a GPU nor PyTorch, and so starts
-in a fraction of a second.
+A worker leaves what it compiles in Triton's cache on disk. There the process that asked finds it when it compiles the
+same. Workers see no GPU.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from types import ModuleType
 from typing import Any
 
 import triton
+from torch._inductor.async_compile import AsyncCompile
+from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 from triton.runtime.jit import MockTensor
 
 PACKAGE = "nvfp4c"
@@ -42,22 +42,16 @@ class Job:
 
 
 def compile_apart(jobs: Sequence[Job]) -> bool:
-    """Compile for the current GPU in a new process, and wait for it. False where it came to nothing."""
-    target = triton.runtime.driver.active.get_current_target()
-    asked = {"target": [target.backend, target.arch, target.warp_size], "jobs": [asdict(job) for job in jobs]}
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", __name__],
-            input=json.dumps(asked).encode(),
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            check=False,
-        )
-    except OSError:
+    """Compile for the current GPU in a worker, and wait for it. False where there is none, or it came to nothing: the
+    workers take their time to start, and Inductor does not wait for them either."""
+    if not AsyncCompile.use_process_pool():
         return False
-    return done.returncode == 0
+    target = triton.runtime.driver.active.get_current_target()
+    try:
+        AsyncCompile.process_pool().submit(compile_jobs, tuple(jobs), target, knobs.cache.dir).result()
+    except Exception:  # whatever it was, compiling here shows it again
+        return False
+    return True
 
 
 class AbsentGpu:
@@ -76,14 +70,25 @@ class AbsentGpu:
         return 0
 
 
-def compile_jobs(text: str) -> None:
-    """Compile what `compile_apart` describes. Tensors are taken to be aligned, as `Launch.warm_up` does."""
-    asked = json.loads(text)
-    triton.runtime.driver.set_active(AbsentGpu(GPUTarget(*asked["target"])))
-    for job in (Job(**job) for job in asked["jobs"]):
-        kernel = getattr(_module(job), job.name)
-        tensors = (None if dtype is None else MockTensor(dtype) for dtype in job.types)
-        kernel.warmup(*tensors, *job.numbers, **job.constants, **job.options, grid=(1,))
+def compile_jobs(jobs: Sequence[Job], target: GPUTarget, cache: str) -> None:
+    """What a worker does. Tensors are taken to be aligned, as in `Launch.warm_up`."""
+    with _compiling_for(target), knobs.cache.scope():
+        knobs.cache.dir = cache
+        for job in jobs:
+            kernel = getattr(_module(job), job.name)
+            tensors = (None if dtype is None else MockTensor(dtype) for dtype in job.types)
+            kernel.warmup(*tensors, *job.numbers, **job.constants, **job.options, grid=(1,))
+
+
+@contextmanager
+def _compiling_for(target: GPUTarget) -> Iterator[None]:
+    """In the place of the GPU that Triton would look for."""
+    before = driver._active
+    driver.set_active(AbsentGpu(target))
+    try:
+        yield
+    finally:
+        driver._active = before
 
 
 def _module(job: Job) -> ModuleType:
@@ -95,7 +100,3 @@ def _module(job: Job) -> ModuleType:
     sys.modules[job.module] = module  # where Triton looks up what the kernel's source names
     spec.loader.exec_module(module)
     return module
-
-
-if __name__ == "__main__":
-    compile_jobs(sys.stdin.read())

@@ -16,14 +16,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nvfp4c import formats
+from nvfp4c import formats, philox
 
 FP32_MAX = tl.constexpr(formats.FP32_MAX)
 GLOBAL_MAX = tl.constexpr(formats.GLOBAL_MAX)
 GLOBAL_SQUARE = tl.constexpr(formats.GLOBAL_MAX * formats.GLOBAL_MAX)
 E2M1_MAX = tl.constexpr(formats.E2M1_MAX)
 E4M3_MAX = tl.constexpr(formats.E4M3_MAX)
-ROUNDS = tl.constexpr(formats.PHILOX_ROUNDS)
+ROUNDS = tl.constexpr(philox.ROUNDS)
 HADAMARD_NORM = tl.constexpr(formats.HADAMARD_NORM)
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 TWO_TO_120 = tl.constexpr(2.0**120)

@@ -88,7 +88,7 @@ class Launch:
 
 def compile_ahead(launches: Sequence[Launch], device: torch.device) -> None:
     """Start to compile all of them in the background, kernels side by side and the forms of one in turn, for most are
-    alike. Kernels that were never compiled here compile in processes of their own."""
+    alike. Kernels that were never compiled here are compiled by Inductor's workers."""
     by_kernel: dict[Any, list[Launch]] = {}
     for launch in launches:
         by_kernel.setdefault(launch.kernel, []).append(launch)
@@ -100,7 +100,7 @@ def compile_ahead(launches: Sequence[Launch], device: torch.device) -> None:
 
 def _warm_up(launches: Sequence[Launch], device: torch.device, apart: bool) -> None:
     with torch.cuda.device(device):  # of this thread
-        if apart and get_compile_threads() > 1:
+        if apart:
             compile_apart([launch.job for launch in launches])  # where that fails, it compiles here
         for launch in launches:
             launch.warm_up()
@@ -115,7 +115,7 @@ _met: set[Any] = set()
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    """Threads, which wait for processes. As many as Inductor compiles with."""
+    """Threads, which wait for workers or compile; as many as Inductor compiles with."""
     return ThreadPoolExecutor(get_compile_threads(), thread_name_prefix="nvfp4c-compile")
 
 

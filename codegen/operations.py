@@ -92,7 +92,7 @@ def prepare(
     capability: of a GPU that need not be there; asked of `device` if None.
     """
     given = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in inputs]
-    matrices = region.prologue.evaluate(given)
+    matrix, results = inputs[0][0], region.prologue.result_types([dtype for _, _, dtype in inputs])
     batches = [_as_input(x, kind, region) for x, kind in zip(given, region.prologue.inputs, strict=True)]
     full = [x for x, kind in zip(batches, region.prologue.inputs, strict=True) if kind is Kind.FULL]
     count, rows, columns = full[0].shape
@@ -101,7 +101,7 @@ def prepare(
     even = rows % height == 0 and columns % tile.columns == 0
     native = 0 if INTERPRETED else chips.conversions(capability or torch.cuda.get_device_capability(device))
     strides = [step for x in full for step in x.stride()[:2]]
-    buffers = [(output, buffer) for output in region.outputs for buffer in shapes(output, matrices[output.matrix])]
+    buffers = [(one, buffer) for one in region.outputs for buffer in shapes(one, matrix, results[one.matrix])]
     constants = (tile.groups, tile.columns, LOAD_BYTES // max(x.dtype.itemsize for x in full), even, native)
     random = any(output.stochastic for output in region.outputs)
     types = (
@@ -114,7 +114,7 @@ def prepare(
         region=region,
         buffers=tuple(buffer for _, buffer in buffers),
         amaxes=tuple(place for place, (output, _) in enumerate(buffers) if output.form is Form.AMAX),
-        padded=tuple(place for place, (o, buffer) in enumerate(buffers) if _padded(o, *buffer, matrices[o.matrix])),
+        padded=tuple(place for place, (o, buffer) in enumerate(buffers) if _padded(o, *buffer, matrix)),
         launch=Launch(
             kernel=emitted(region),
             programs=count * triton.cdiv(rows, height) * triton.cdiv(columns, tile.columns),
@@ -126,11 +126,11 @@ def prepare(
     )
 
 
-def _padded(output: Output, shape: Sequence[int | torch.SymInt], dtype: torch.dtype, x: Tensor) -> bool:
+def _padded(output: Output, shape: Sequence[int | torch.SymInt], dtype: torch.dtype, matrix: Sequence[int]) -> bool:
     """Whether a tensor is scales of fewer blocks than whole tiles of them hold."""
     if not output.native:
         return False
-    rows, columns = x.shape[-2:]
+    rows, columns = matrix[-2:]
     written = (columns, block_count(rows)) if output.down else (rows, block_count(columns))
     return dtype is torch.float8_e4m3fn and tuple(shape[-2:]) != written
 

@@ -116,6 +116,11 @@ class Prologue:
             values.append(OPERATIONS[step.operation](*given).to(getattr(torch, step.dtype)))
         return [values[place].expand(inputs[0].shape) for place in self.results]
 
+    def result_types(self, inputs: Sequence[torch.dtype]) -> list[torch.dtype]:
+        """Of the matrices that `evaluate` gives, by the types of its inputs. Their shape is the first input's."""
+        steps = [getattr(torch, step.dtype) for step in self.steps]
+        return [[*inputs, *steps][place] for place in self.results]
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -153,13 +153,13 @@ def reduction(region: Region) -> Region:
 Shape = tuple[tuple[int | torch.SymInt, ...], torch.dtype]
 
 
-def shapes(output: Output, x: Tensor) -> list[Shape]:
-    """Shapes and types of the tensors that an output of a region on x [.., M, K] holds. All are contiguous."""
+def shapes(output: Output, shape: Sequence[int], dtype: torch.dtype) -> list[Shape]:
+    """Shapes and types of the tensors that an output of a region on a matrix [.., M, K] holds. All are contiguous."""
     if output.form is Form.AMAX:
         return [((), torch.float32)]
     if output.form is Form.VALUE:
-        return [(tuple(x.shape), x.dtype)]
-    *lead, rows, columns = x.shape
+        return [(tuple(shape), dtype)]
+    *lead, rows, columns = shape
     whole = (padded(rows), columns) if output.down else (rows, padded(columns))
     if output.form is Form.ROTATED or (output.form is Form.OPERAND and output.signs is not None):
         return [((*lead, *whole), torch.bfloat16)]
@@ -188,11 +188,11 @@ def evaluate(region: Region, inputs: Sequence[Tensor], amaxes: Sequence[Tensor],
 
 def empty_outputs(region: Region, inputs: Sequence[Tensor]) -> list[Tensor]:
     """New tensors like those that `evaluate` gives, their contents left open."""
-    matrices = region.prologue.evaluate(inputs)
+    types = region.prologue.result_types([x.dtype for x in inputs])
     return [
         inputs[0].new_empty(shape, dtype=dtype)
         for output in region.outputs
-        for shape, dtype in shapes(output, matrices[output.matrix])
+        for shape, dtype in shapes(output, inputs[0].shape, types[output.matrix])
     ]
 
 

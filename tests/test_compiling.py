@@ -1,23 +1,24 @@
-"""Kernels compiled in another process lie where this one finds them; what cannot be compiled there harms nothing."""
+"""Kernels compiled by a worker lie where this process finds them; what cannot be compiled there harms nothing."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor import async_compile
+from torch._inductor.async_compile import AsyncCompile
 
 pytest.importorskip("triton", reason="no triton for this system")
 
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from nvfp4c.codegen import operations
-from nvfp4c.codegen.compiling import AbsentGpu, compile_apart
+from nvfp4c.codegen.compiling import AbsentGpu, compile_apart, compile_jobs
 from nvfp4c.codegen.launching import INTERPRETED, Launch
 from nvfp4c.formats import DEFAULT_SIGNS
 from nvfp4c.region import Axis, Form, Output, Region
@@ -39,18 +40,36 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     driver._active = before
 
 
-def region_launch(columns: int = 128) -> Launch:
+@pytest.fixture(scope="module")
+def _workers() -> Iterator[None]:
+    """Inductor's, two of them, started and ready."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(async_compile, "get_compile_threads", lambda: 2)
+        async_compile.shutdown_compile_workers()
+        AsyncCompile.wait_pool_ready()
+        yield
+        async_compile.shutdown_compile_workers()
+
+
+def region_launch(region: Region, columns: int, dtype: torch.dtype) -> Launch:
     """Of a region that no other test compiles in this process, so that Triton has to look for it."""
-    layout = ((256, columns), (columns, 1), torch.bfloat16)
-    return operations.prepared(REGION.to_json(), (layout,), DEVICE, (9, 0)).launch
+    layout = ((256, columns), (columns, 1), dtype)
+    return operations.prepared(region.to_json(), (layout,), DEVICE, (9, 0)).launch
 
 
 def compiled(folder: Path) -> set[str]:
     return {file.parent.name for file in folder.glob("*/*.cubin")}
 
 
-def test_this_process_finds_what_the_other_compiled(cache: Path) -> None:
-    launches = [region_launch(), operations.unpacking((64, 48), False, DEVICE), operations.product_factors(DEVICE)]
+@pytest.mark.usefixtures("_workers")
+def test_this_process_finds_what_a_worker_compiled(cache: Path) -> None:
+    launches = [
+        region_launch(REGION, 128, torch.bfloat16),
+        region_launch(Region((Output(Form.OPERAND),)), 64, torch.float16),
+        operations.unpacking((64, 48), False, DEVICE),
+        operations.product_factors(DEVICE),
+    ]
+    assert None in launches[1].types, "nothing random there: no seed"
     assert compile_apart([launch.job for launch in launches])
     there = compiled(cache)
     assert len(there) == len(launches)
@@ -59,29 +78,23 @@ def test_this_process_finds_what_the_other_compiled(cache: Path) -> None:
     assert compiled(cache) == there
 
 
-def test_what_has_no_tensor_in_a_place_is_compiled_so(cache: Path) -> None:
-    region = Region((Output(Form.OPERAND),))
-    layout = ((32, 64), (64, 1), torch.float16)
-    launch = operations.prepared(region.to_json(), (layout,), DEVICE, (9, 0)).launch
-    assert None in launch.types
-    assert compile_apart([launch.job])
-    assert len(compiled(cache)) == 1
-
-
+@pytest.mark.usefixtures("_workers")
 def test_what_cannot_be_compiled_says_so(cache: Path) -> None:
     job = operations.product_factors(DEVICE).job
     assert not compile_apart([replace(job, name="no_such_kernel")])
     assert not compile_apart([replace(job, types=job.types[:1])])
     assert compiled(cache) == set()
+    assert compile_apart([job]), "the worker goes on"
 
 
-def test_no_interpreter_to_start(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", str(cache / "python"))
+def test_workers_that_are_not_ready_are_not_waited_for(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(async_compile, "get_compile_threads", lambda: 1)
     assert not compile_apart([operations.product_factors(DEVICE).job])
 
 
-def test_the_other_process_starts_without_pytorch() -> None:
-    """Importing it takes seconds, which is what the other process is to save."""
-    modules = "compiling, device_math, kernels, native_math"
-    check = f"import sys; from nvfp4c.codegen import {modules}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+def test_a_worker_is_left_as_it_was(cache: Path, tmp_path: Path) -> None:
+    """It compiles Inductor's kernels next."""
+    active, folder = driver._active, knobs.cache.dir
+    compile_jobs([region_launch(REGION, 128, torch.float32).job], TARGET, str(tmp_path / "other"))
+    assert driver._active is active and knobs.cache.dir == folder
+    assert len(compiled(tmp_path / "other")) == 1

@@ -70,7 +70,7 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def apart(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
-    """What other processes were asked to compile."""
+    """What workers were asked to compile."""
     asked: list[Job] = []
 
     def compile_apart(jobs: Sequence[Job]) -> bool:
@@ -78,7 +78,6 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
         return True
 
     monkeypatch.setattr(launching, "compile_apart", compile_apart)
-    monkeypatch.setattr(launching, "get_compile_threads", lambda: 4)
     return asked
 
 
@@ -136,7 +135,7 @@ def test_nothing_is_kept_of_what_was_waited_for() -> None:
     assert kernel not in launching._under_way
 
 
-def test_only_kernels_that_are_new_compile_in_another_process(apart: list[Job]) -> None:
+def test_only_kernels_that_are_new_go_to_workers(apart: list[Job]) -> None:
     kernel, other = Kernel(), Kernel()
     for launches in ([launch_of(kernel, 1), launch_of(kernel, 2)], [launch_of(kernel, 3), launch_of(other, 4)]):
         compile_ahead(launches, DEVICE)
@@ -146,11 +145,3 @@ def test_only_kernels_that_are_new_compile_in_another_process(apart: list[Job]) 
     assert {job.types for job in apart} == {("torch.float32",)}
     assert {job.module for job in apart} == {__name__} and {job.path for job in apart} == {__file__}
     assert apart[0].options == {"num_warps": 4, "enable_fp_fusion": False}
-
-
-def test_no_other_process_where_one_thread_is_to_compile(apart: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launching, "get_compile_threads", lambda: 1)
-    kernel = Kernel()
-    compile_ahead([launch_of(kernel)], DEVICE)
-    launch_of(kernel)((torch.ones(4),))
-    assert apart == [] and kinds(kernel) == ["compiled", "launched"]

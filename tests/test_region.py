@@ -113,7 +113,7 @@ def test_the_native_layout_holds_what_the_linear_one_does(x: Tensor, axis: Axis)
     linear = [output_with(output, axis=axis) for output in QUANTISED]
     native = [output_with(output, layout=Layout.NATIVE) for output in linear]
     expected, found = (evaluate(Region(tuple(outputs)), [x], amaxes, SEED) for outputs in (linear, native))
-    promised = [shape for output in native for shape in shapes(output, x)]
+    promised = [shape for output in native for shape in shapes(output, x.shape, x.dtype)]
     assert [(tuple(tensor.shape), tensor.dtype) for tensor in found] == promised
     assert all(tensor.is_contiguous() for tensor in found)
     for codes, scales, other_codes, other_scales in zip(
