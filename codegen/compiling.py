@@ -10,15 +10,18 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from types import ModuleType
 from typing import Any
 
-import triton
 from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas_version
+from triton.compiler import make_backend
 from triton.runtime import driver
 from triton.runtime.jit import MockTensor
 
@@ -41,17 +44,37 @@ class Job:
     options: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What decides, beside a kernel, under which name it is found in Triton's cache. assembler: and all else of Triton
+    that takes part, as its backend sums it up."""
+
+    target: GPUTarget
+    assembler: str
+    cache: str
+
+
 def compile_apart(jobs: Sequence[Job]) -> bool:
     """Compile for the current GPU in a worker, and wait for it. False where there is none, or it came to nothing: the
     workers take their time to start, and Inductor does not wait for them either."""
     if not AsyncCompile.use_process_pool():
         return False
-    target = triton.runtime.driver.active.get_current_target()
+    _take_the_assembler_of_workers()
+    target = driver.active.get_current_target()
+    setting = Setting(target, make_backend(target).hash(), knobs.cache.dir)
     try:
-        AsyncCompile.process_pool().submit(compile_jobs, tuple(jobs), target, knobs.cache.dir).result()
+        AsyncCompile.process_pool().submit(compile_jobs, tuple(jobs), setting).result()
     except Exception:  # whatever it was, compiling here shows it again
         return False
     return True
+
+
+@cache
+def _take_the_assembler_of_workers() -> None:
+    """They take PyTorch's, where it has one, from their start on; Inductor does so here once it has compiled something.
+    Triton may know the version of another, which it would keep to."""
+    _set_triton_ptxas_path()
+    get_ptxas_version.cache_clear()
 
 
 class AbsentGpu:
@@ -70,10 +93,12 @@ class AbsentGpu:
         return 0
 
 
-def compile_jobs(jobs: Sequence[Job], target: GPUTarget, cache: str) -> None:
+def compile_jobs(jobs: Sequence[Job], setting: Setting) -> None:
     """What a worker does. Tensors are taken to be aligned, as in `Launch.warm_up`."""
-    with _compiling_for(target), knobs.cache.scope():
-        knobs.cache.dir = cache
+    if make_backend(setting.target).hash() != setting.assembler:
+        raise ValueError("nobody would find what is compiled here with another assembler")
+    with _compiling_for(setting.target), knobs.cache.scope():
+        knobs.cache.dir = setting.cache
         for job in jobs:
             kernel = getattr(_module(job), job.name)
             tensors = (None if dtype is None else MockTensor(dtype) for dtype in job.types)

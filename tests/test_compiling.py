@@ -15,10 +15,12 @@ pytest.importorskip("triton", reason="no triton for this system")
 
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas, get_ptxas_version
+from triton.compiler import make_backend
 from triton.runtime import driver
 
-from nvfp4c.codegen import operations
-from nvfp4c.codegen.compiling import AbsentGpu, compile_apart, compile_jobs
+from nvfp4c.codegen import compiling, operations
+from nvfp4c.codegen.compiling import AbsentGpu, Setting, compile_apart, compile_jobs
 from nvfp4c.codegen.launching import INTERPRETED, Launch
 from nvfp4c.formats import DEFAULT_SIGNS
 from nvfp4c.region import Axis, Form, Output, Region
@@ -27,6 +29,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter does n
 
 TARGET = GPUTarget("cuda", 90, 32)
 DEVICE = torch.device("cpu")
+ASSEMBLERS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 REGION = Region((Output(Form.OPERAND), Output(Form.PACKED, Axis.COLUMNS, signs=DEFAULT_SIGNS, rounding="stochastic")))
 
 
@@ -40,15 +43,30 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     driver._active = before
 
 
-@pytest.fixture(scope="module")
-def _workers() -> Iterator[None]:
+@pytest.fixture
+def _workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Inductor's, two of them, started and ready."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(async_compile, "get_compile_threads", lambda: 2)
-        async_compile.shutdown_compile_workers()
-        AsyncCompile.wait_pool_ready()
-        yield
-        async_compile.shutdown_compile_workers()
+    monkeypatch.setattr(async_compile, "get_compile_threads", lambda: 2)
+    compiling._take_the_assembler_of_workers.cache_clear()
+    async_compile.shutdown_compile_workers()
+    AsyncCompile.wait_pool_ready()
+    yield
+    async_compile.shutdown_compile_workers()
+
+
+@pytest.fixture
+def other_assembler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Triton's own, under another version. It is known of Triton's own that it is asked for next."""
+    own = get_ptxas(TARGET.arch).path
+    script = tmp_path / "ptxas"
+    script.write_text(
+        f'#!/bin/sh\nif [ "$1" = --version ]; then echo other; {own} --version; else exec {own} "$@"; fi\n'
+    )
+    script.chmod(0o755)
+    get_ptxas_version.cache_clear()
+    get_ptxas_version(TARGET.arch)
+    yield script
+    get_ptxas_version.cache_clear()
 
 
 def region_launch(region: Region, columns: int, dtype: torch.dtype) -> Launch:
@@ -78,6 +96,31 @@ def test_this_process_finds_what_a_worker_compiled(cache: Path) -> None:
     assert compiled(cache) == there
 
 
+def test_the_assembler_is_the_workers(
+    cache: Path, other_assembler: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """PyTorch's, where it has one: workers take it from their start on."""
+    for name in ASSEMBLERS:
+        monkeypatch.setenv(name, str(other_assembler))
+    request.getfixturevalue("_workers")
+    launch = region_launch(REGION, 160, torch.bfloat16)
+    assert compile_apart([launch.job])
+    there = compiled(cache)
+    launch.kernel.warmup(*launch.types, *launch.numbers, **launch.constants, **launch.options, grid=(1,))
+    assert compiled(cache) == there != set()
+
+
+@pytest.mark.usefixtures("_workers")
+def test_workers_with_another_assembler_compile_nothing(
+    cache: Path, other_assembler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they compiled would not be found."""
+    for name in ASSEMBLERS:
+        monkeypatch.setenv(name, str(other_assembler))
+    assert not compile_apart([region_launch(REGION, 128, torch.bfloat16).job])
+    assert compiled(cache) == set()
+
+
 @pytest.mark.usefixtures("_workers")
 def test_what_cannot_be_compiled_says_so(cache: Path) -> None:
     job = operations.product_factors(DEVICE).job
@@ -95,6 +138,7 @@ def test_workers_that_are_not_ready_are_not_waited_for(cache: Path, monkeypatch:
 def test_a_worker_is_left_as_it_was(cache: Path, tmp_path: Path) -> None:
     """It compiles Inductor's kernels next."""
     active, folder = driver._active, knobs.cache.dir
-    compile_jobs([region_launch(REGION, 128, torch.float32).job], TARGET, str(tmp_path / "other"))
+    setting = Setting(TARGET, make_backend(TARGET).hash(), str(tmp_path / "other"))
+    compile_jobs([region_launch(REGION, 128, torch.float32).job], setting)
     assert driver._active is active and knobs.cache.dir == folder
     assert len(compiled(tmp_path / "other")) == 1

@@ -14,6 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from test_kernels import PROLOGUES, TRAINING
+
 from nvfp4c.codegen import operations, probing
 from nvfp4c.dialect import Quantization
 from nvfp4c.formats import DEFAULT_SIGNS, ROW_BLOCK, TILE_BLOCK
@@ -21,7 +23,6 @@ from nvfp4c.prologue import Kind
 from nvfp4c.region import Axis, Form, Output, Region
 from nvfp4c.sensitivity.quantized import quantized
 from nvfp4c.sensitivity.samples import statistics_on_gpu
-from test_kernels import PROLOGUES, TRAINING
 
 SHAPES = [(70, 260), (2, 33, 40), (129, 513), (1, 1)]
 BOTH_WAYS = Region(
