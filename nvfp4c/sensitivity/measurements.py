@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nvfp4c.errors import DataError
 from nvfp4c.files import write_text
@@ -21,6 +21,11 @@ OCTAVES = 32
 """Bins of a histogram of magnitudes: bin i counts amax * 2^-(i+1) < |x| <= amax * 2^-i, the last also all below it."""
 
 LOSS_TERMS = ("first", "diagonal", "rows", "samples")
+
+Unit = Literal["rows", "samples"]
+UNITS: tuple[Unit, ...] = ("rows", "samples")
+"""What has a loss of its own, see `RoleMeasure`."""
+
 OPERAND_SUMS = ("elements", "signal", "noise", "fourth", "vanished", "saturated", "zeros")
 OPERAND_COUNTS = ("before", "after", "scales")
 SCALE_BINS = 16
@@ -87,6 +92,10 @@ class RoleMeasure:
     diagonal: float | None = None
     rows: float | None = None
     samples: float | None = None
+
+    def second(self, unit: Unit) -> float:
+        """The second-order change of the loss by rows or samples; 0 where it was not measured."""
+        return (self.rows if unit == "rows" else self.samples) or 0.0
 
     @property
     def snr_db(self) -> float:

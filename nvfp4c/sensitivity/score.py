@@ -3,9 +3,11 @@
 fprop. The loss of a batch changes by g e + 1/2 e^T H e + ..., with the error e of the result and g = dL/dy. The probe
 measures the first term itself, sign and all, with its standard error s over batches; on other batches it comes out
 differently, so it is damped as a Wiener filter damps a signal in noise: first^3 / (first^2 + s^2). For the second term
-there is the empirical Fisher matrix by rows, each with a loss of its own, as tokens have (`auto_quantize` of ModelOpt
-adds (g e)^2 over elements, which is its diagonal). It gets the one weight with which all sites together rise as much as
-was measured with all of them in FP4: 1.0 on a GPT with a loss a token, far from it where a loss is of whole sequences.
+there is the empirical Fisher matrix, by rows where each has a loss of its own, as tokens have, or by samples, where a
+loss is of whole sequences (`auto_quantize` of ModelOpt adds (g e)^2 over elements, which is the diagonal by rows). It
+gets the one weight with which all sites together rise as much as was measured with all of them in FP4. Of the two that
+one is taken whose weight is nearer to 1: by rows on two GPTs, with 0.4 and 1.0; by samples on a sentence encoder, with
+0.8 to 1.2, where by rows it would be 0.01.
 
 dgrad, wgrad. These errors change gradients, not this batch's loss. A role is given what its error adds to the squared
 relative error of the gradients of all parameters that it reaches, weighted by their part of the squared gradient: wgrad
@@ -16,9 +18,11 @@ backward-only training loses beside forward-only (0.25 to 0.35% against 1.8 to 2
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from nvfp4c.sensitivity.analysis import Key, Scores
-from nvfp4c.sensitivity.measurements import Measurements, RoleMeasure
+from nvfp4c.sensitivity.measurements import UNITS, Measurements, RoleMeasure, Unit
 
 GRADIENT_SHARE = 0.14
 """What all gradients together weigh, over what all forward matmuls do: 0.3 / 2.15."""
@@ -30,9 +34,9 @@ def scores(measurements: Measurements, everything: float | None = None) -> Score
     everything: the rise of the loss with all forward matmuls in FP4, on the same batches; None leaves the second-order
     terms out.
     """
-    weight = 0.0 if everything is None else second_weight(measurements, everything)
+    second = Second("rows", 0.0) if everything is None else second_order(measurements, everything)
     forward = {
-        (site.site, "fprop"): rise(site.roles["fprop"], weight) for site in measurements.sites if "fprop" in site.roles
+        (site.site, "fprop"): rise(site.roles["fprop"], second) for site in measurements.sites if "fprop" in site.roles
     }
     backward = gradient_errors(measurements)
     total, reached = sum(max(0.0, value) for value in forward.values()), sum(backward.values())
@@ -40,18 +44,31 @@ def scores(measurements: Measurements, everything: float | None = None) -> Score
     return {**forward, **{key: unit * value for key, value in backward.items()}}
 
 
-def second_weight(measurements: Measurements, everything: float) -> float:
-    """What second-order terms are multiplied by so that all sites add up to the rise with everything in FP4; 0 where
-    the first-order terms alone exceed it."""
+@dataclass(frozen=True)
+class Second:
+    """Of which second-order terms are taken, and what they are multiplied by."""
+
+    unit: Unit
+    weight: float
+
+
+def second_order(measurements: Measurements, everything: float) -> Second:
+    """The terms, by rows or by samples, that need the least of a weight so that all sites add up to the rise with
+    everything in FP4. The weight is 0 where the first-order terms alone exceed it."""
     roles = [site.roles["fprop"] for site in measurements.sites if "fprop" in site.roles]
-    first = math.fsum(damped(role.first or 0.0, role.first_error) for role in roles)
-    second = math.fsum(role.rows or 0.0 for role in roles)
-    return max(0.0, (everything - first) / second) if second > 0 else 0.0
+    missing = everything - math.fsum(damped(role.first or 0.0, role.first_error) for role in roles)
+    found = [Second(unit, _weight(missing, [role.second(unit) for role in roles])) for unit in UNITS]
+    return min(found, key=lambda second: abs(math.log(second.weight)) if second.weight else math.inf)
 
 
-def rise(role: RoleMeasure, weight: float) -> float:
-    """The predicted rise of the loss by the error of a forward matmul. weight: of the second-order term."""
-    return damped(role.first or 0.0, role.first_error) + weight * (role.rows or 0.0)
+def _weight(missing: float, terms: Sequence[float]) -> float:
+    total = math.fsum(terms)
+    return max(0.0, missing / total) if total > 0 else 0.0
+
+
+def rise(role: RoleMeasure, second: Second) -> float:
+    """The predicted rise of the loss by the error of a forward matmul."""
+    return damped(role.first or 0.0, role.first_error) + second.weight * role.second(second.unit)
 
 
 def damped(mean: float, error: float | None) -> float:

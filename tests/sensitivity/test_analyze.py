@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from nvfp4c.sensitivity.analysis import Analysis, Together
 from nvfp4c.sensitivity.analyze import Settings, analyze, data_of, plan_of
 from nvfp4c.sensitivity.budgets import Budget
 from nvfp4c.sensitivity.measure import everywhere
-from nvfp4c.sensitivity.score import GRADIENT_SHARE, damped, gradient_errors, scores, second_weight
+from nvfp4c.sensitivity.score import GRADIENT_SHARE, Second, damped, gradient_errors, scores, second_order
 from nvfp4c.sensitivity.switched import SwitchedModel
 from nvfp4c.tasks import Task
 
@@ -139,9 +140,25 @@ def test_scores_add_up_to_what_was_measured(found: Analysis) -> None:
     for everything in (first + 0.25, first + 1e-6):
         forward = [value for (_, role), value in scores(found.measurements, everything).items() if role == "fprop"]
         assert sum(forward) == pytest.approx(everything, rel=1e-6, abs=1e-12)
-    assert second_weight(found.measurements, first - 1.0) == 0
+    assert second_order(found.measurements, first - 1.0).weight == 0
     everything = found.measurements.provenance["rise_with_everything_in_fp4"]
     assert found.scores == scores(found.measurements, everything)
+
+
+@pytest.mark.parametrize(
+    ("rows", "samples", "expected"),
+    [(0.5, 0.01, Second("rows", 0.4)), (20.0, 0.25, Second("samples", 0.8)), (0.0, 0.1, Second("samples", 2.0))],
+)
+def test_second_order_is_of_what_has_a_loss_of_its_own(
+    found: Analysis, rows: float, samples: float, expected: Second
+) -> None:
+    """That is where the sum is nearest to what is missing."""
+    site, *_ = found.measurements.sites
+    role = replace(site.roles["fprop"], first=0.1, first_error=0.0, rows=rows, samples=samples)
+    alone = replace(found.measurements, sites=(replace(site, roles={"fprop": role}),))
+    chosen = second_order(alone, 0.3)
+    assert chosen.unit == expected.unit and chosen.weight == pytest.approx(expected.weight)
+    assert scores(alone, 0.3)[site.site, "fprop"] == pytest.approx(0.3)
 
 
 def test_blocks_are_run_whole(model: Net, monkeypatch: pytest.MonkeyPatch) -> None:
