@@ -1,9 +1,8 @@
 """What the dialect becomes on a CPU: the reference functions, compiled by Inductor once for each kind of operand.
 
 A model has hundreds of operands but few kinds of them. Inlining the arithmetic at every site would make Inductor
-compile it
-hundreds of times; an `nvfp4_cpu::` operation that calls one compiled function, with dynamic sizes, costs microseconds
-instead. The functions are compiled when they are first needed, and kept in Inductor's cache on disk.
+compile it hundreds of times; an `nvfp4_cpu::` operation that calls one compiled function, with dynamic sizes, costs
+microseconds instead. The functions are compiled when they are first needed, and kept in Inductor's cache on disk.
 """
 
 from __future__ import annotations
