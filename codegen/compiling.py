@@ -16,6 +16,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 from triton import knobs
@@ -23,22 +24,24 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas_version
 from triton.compiler import make_backend
 from triton.runtime import driver
-from triton.runtime.jit import MockTensor
 
 PACKAGE = "nvfp4c"
+
+LONGEST = 300
+"""Seconds that a worker is waited for: far more than a kernel takes."""
 
 
 @dataclass(frozen=True)
 class Job:
     """A kernel and what it is compiled for. Its file is found by `module` where that is one of ours, else by `path`.
 
-    types: of tensors, as PyTorch writes them; None where there is none. The rest is as in `launching.Launch`.
+    The rest is as in `launching.Launch`.
     """
 
     module: str
     path: str
     name: str
-    types: tuple[str | None, ...]
+    types: tuple[torch.dtype | None, ...]
     numbers: tuple[int, ...]
     constants: Mapping[str, int]
     options: Mapping[str, Any]
@@ -46,8 +49,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides, beside a kernel, under which name it is found in Triton's cache. assembler: and all else of Triton
-    that takes part, as its backend sums it up."""
+    """What decides, beside a kernel and the environment, where it is found in Triton's cache. assembler: its version,
+    as Triton's backend writes it."""
 
     target: GPUTarget
     assembler: str
@@ -57,13 +60,13 @@ class Setting:
 def compile_apart(jobs: Sequence[Job]) -> bool:
     """Compile for the current GPU in a worker, and wait for it. False where there is none, or it came to nothing: the
     workers take their time to start, and Inductor does not wait for them either."""
-    if not AsyncCompile.use_process_pool():
-        return False
-    _take_the_assembler_of_workers()
-    target = driver.active.get_current_target()
-    setting = Setting(target, make_backend(target).hash(), knobs.cache.dir)
     try:
-        AsyncCompile.process_pool().submit(compile_jobs, tuple(jobs), setting).result()
+        if not AsyncCompile.use_process_pool():
+            return False
+        _take_the_assembler_of_workers()
+        target = driver.active.get_current_target()
+        setting = Setting(target, make_backend(target).hash(), knobs.cache.dir)
+        AsyncCompile.process_pool().submit(compile_jobs, tuple(jobs), setting).result(LONGEST)
     except Exception:  # whatever it was, compiling here shows it again
         return False
     return True
@@ -101,8 +104,7 @@ def compile_jobs(jobs: Sequence[Job], setting: Setting) -> None:
         knobs.cache.dir = setting.cache
         for job in jobs:
             kernel = getattr(_module(job), job.name)
-            tensors = (None if dtype is None else MockTensor(dtype) for dtype in job.types)
-            kernel.warmup(*tensors, *job.numbers, **job.constants, **job.options, grid=(1,))
+            kernel.warmup(*job.types, *job.numbers, **job.constants, **job.options, grid=(1,))
 
 
 @contextmanager

@@ -199,18 +199,19 @@ def _place(x: Tensor) -> Place:
 def _fuses(a: Tensor, b: Tensor, bias: Tensor | None, residual: Tensor | None, out_dtype: torch.dtype) -> bool:
     """Whether what there is of bias and residual is added before the rounding.
 
-    Where a size or the distance of two rows fills no whole 16 bytes cuBLASLt was seen to round first and to add then,
-    with CUDA 13, a quarter to a third of the results differing. M counts only for what lies by its rows: of a bias
-    with `a` by rows any M was right.
+    Where a size, or the distance of two rows, fills no whole 16 bytes cuBLASLt was seen to round first and to add then,
+    with CUDA 13, a quarter to a third of the results differing. M counts where `a` lies by columns, or something has a
+    row for each of M; with a bias alone, and `a` by rows, any M was right.
     """
     added = [x for x in (bias, residual) if x is not None]
     if not added:
         return True
-    left, right = _matrix(a.shape, a.stride()), _matrix(b.shape, b.stride())
-    if left is None or right is None:
+    of_a, of_b = _matrix(a.shape, a.stride()), _matrix(b.shape, b.stride())
+    if of_a is None or of_b is None:
         return False
-    any_m = residual is None and not left.flipped
-    sizes = [a.shape[-1], b.shape[-2], left.leading, right.leading, *(() if any_m else (a.shape[-2],))]
+    any_m = residual is None and not of_a.flipped
+    sizes = [a.shape[-1], b.shape[-2], *(() if any_m else (a.shape[-2],))]
+    sizes += [step for matrix in (of_a, of_b) for step in (matrix.leading, matrix.offset)]
     whole = all(size % VECTOR == 0 for size in sizes)
     whole = whole and all(x.data_ptr() % (2 * VECTOR) == 0 for x in (a, b, *added))
     vector = bias is None or (bias.shape == b.shape[-2:-1] and bias.stride(-1) == 1)

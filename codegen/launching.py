@@ -74,12 +74,11 @@ class Launch:
     def job(self) -> Job:
         """What `warm_up` compiles, for another process."""
         function = self.kernel.fn
-        types = tuple(None if dtype is None else str(dtype) for dtype in self.types)
         return Job(
             module=function.__module__,
             path=function.__code__.co_filename,
             name=function.__name__,
-            types=types,
+            types=self.types,
             numbers=self.numbers,
             constants=dict(self.constants),
             options=self.options,
@@ -116,7 +115,7 @@ _met: set[Any] = set()
 @cache
 def _pool() -> ThreadPoolExecutor:
     """Threads, which wait for workers or compile; as many as Inductor compiles with."""
-    return ThreadPoolExecutor(get_compile_threads(), thread_name_prefix="nvfp4c-compile")
+    return ThreadPoolExecutor(max(1, get_compile_threads()), thread_name_prefix="nvfp4c-compile")
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:

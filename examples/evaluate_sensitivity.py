@@ -33,7 +33,7 @@ from nvfp4c.sensitivity.intervals import mean_and_interval
 from nvfp4c.sensitivity.measure import everywhere, measure
 from nvfp4c.sensitivity.measurements import Measurements, load, merged
 from nvfp4c.sensitivity.problem import Problem
-from nvfp4c.sensitivity.score import scores
+from nvfp4c.sensitivity.score import scores, second_order
 from nvfp4c.sensitivity.solve import solve
 from nvfp4c.sensitivity.switched import SwitchedModel
 from nvfp4c.tasks import load_task
@@ -120,6 +120,7 @@ def draw(
     diagonal = [site.roles["fprop"].diagonal or 0.0 for site in found.sites]
     return {
         "seed": seed,
+        "second_order": asdict(second_order(found, fmean(rise(everything, plain)[number] for number in chosen))),
         "spearman": {
             "same batches": correlation(chosen, predicted),
             "held-out batches": correlation(held_out, predicted),

@@ -10,7 +10,7 @@ brings sentence-transformers along, which is not needed here. The second command
 beside its loss stands that of a copy with random weights. BATCHES and HELD_OUT in the environment say how many batches
 there are, SEED which.
 
-SEED=1 BATCHES=24 HELD_OUT=52 nvfp4c sensitivity examples/sensitivity_minilm.py:task --batches 52
+SEED=1 BATCHES=24 HELD_OUT=48 nvfp4c sensitivity examples/sensitivity_minilm.py:task --batches 48
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def pairs(source: Path) -> Iterator[tuple[str, str]]:
                 tree = ast.parse(text)
             except (SyntaxError, ValueError):
                 continue  # some files show what Python does with such
-            lines = text.splitlines()
+            lines = text.split("\n")
             for node in ast.walk(tree):
                 if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and len(node.body) > 1:
                     docstring = (ast.get_docstring(node) or "").partition("\n\n")[0]

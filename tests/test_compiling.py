@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,9 +101,16 @@ def test_the_assembler_is_the_workers(
     cache: Path, other_assembler: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """PyTorch's, where it has one: workers take it from their start on."""
-    for name in ASSEMBLERS:
-        monkeypatch.setenv(name, str(other_assembler))
+
+    def take() -> None:
+        for name in ASSEMBLERS:
+            monkeypatch.setenv(name, str(other_assembler))
+
+    take()
     request.getfixturevalue("_workers")
+    for name in ASSEMBLERS:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(compiling, "_set_triton_ptxas_path", take)
     launch = region_launch(REGION, 160, torch.bfloat16)
     assert compile_apart([launch.job])
     there = compiled(cache)
@@ -130,9 +138,20 @@ def test_what_cannot_be_compiled_says_so(cache: Path) -> None:
     assert compile_apart([job]), "the worker goes on"
 
 
-def test_workers_that_are_not_ready_are_not_waited_for(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(async_compile, "get_compile_threads", lambda: 1)
+@pytest.mark.parametrize(("workers", "started"), [(1, False), (2, True)])
+def test_workers_that_are_not_ready_are_not_waited_for(
+    workers: int, started: bool, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_compile, "get_compile_threads", lambda: workers)
+    monkeypatch.setattr(AsyncCompile, "_ready_future", Future() if started else None)
+    monkeypatch.setattr(AsyncCompile, "process_pool", lambda: pytest.fail("nothing is to be asked of them"))
     assert not compile_apart([operations.product_factors(DEVICE).job])
+
+
+@pytest.mark.usefixtures("_workers")
+def test_a_worker_that_hangs_is_given_up(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "LONGEST", 0)
+    assert not compile_apart([region_launch(REGION, 192, torch.bfloat16).job])
 
 
 def test_a_worker_is_left_as_it_was(cache: Path, tmp_path: Path) -> None:

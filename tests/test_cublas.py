@@ -197,3 +197,38 @@ def test_what_might_be_rounded_twice_is_left_to_others(library: StandIn, change:
     a, b, residual = change(a, b, aligned(numbers(24, 40, most=200, parts=8, seed=3), torch.bfloat16))
     assert cublas.product(a, b, FACTORS, None, residual, torch.bfloat16) is None
     assert cublas.product(a, b, FACTORS, None, None, torch.bfloat16) is not None
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "biased", "summed"),
+    [
+        (torch.zeros(33, 256), torch.zeros(128, 256), True, False),
+        (torch.zeros(256, 40).mT, torch.zeros(256, 128).mT, True, True),
+        (torch.zeros(40, 272)[:, :256], torch.zeros(128, 256), True, True),
+        (torch.zeros(2, 40, 256), torch.zeros(2, 128, 256), False, True),
+    ],
+)
+def test_a_sum_in_whole_vectors_is_cublas_own(a: Tensor, b: Tensor, biased: bool, summed: bool) -> None:
+    assert _fuses(a, b, biased, summed)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "biased", "summed"),
+    [
+        (torch.zeros(33, 256), torch.zeros(128, 256), False, True),
+        (torch.zeros(256, 33).mT, torch.zeros(128, 256), True, False),
+        (torch.zeros(40, 260)[:, :256], torch.zeros(128, 256), True, False),
+        (torch.zeros(40, 256), torch.zeros(256, 132).mT[:128], True, False),
+        (torch.zeros(40, 77), torch.zeros(128, 77), True, False),
+        (torch.zeros(40, 256), torch.zeros(77, 256), True, False),
+        (torch.zeros(2, 41 * 256 + 4)[:, : 40 * 256].unflatten(1, (40, 256)), torch.zeros(2, 128, 256), False, True),
+    ],
+)
+def test_a_sum_in_parts_of_vectors_is_not(a: Tensor, b: Tensor, biased: bool, summed: bool) -> None:
+    """It would be added after the rounding."""
+    assert not _fuses(a, b, biased, summed)
+
+
+def _fuses(a: Tensor, b: Tensor, biased: bool, summed: bool) -> bool:
+    bias, residual = torch.zeros(b.shape[-2]), torch.zeros(*a.shape[:-1], b.shape[-2])
+    return cublas._fuses(a, b, bias if biased else None, residual if summed else None, torch.float32)

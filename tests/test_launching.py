@@ -142,6 +142,6 @@ def test_only_kernels_that_are_new_go_to_workers(apart: list[Job]) -> None:
         for launch in launches:
             launch((torch.ones(4),))
     assert sorted(job.numbers for job in apart) == [(1,), (2,), (4,)]
-    assert {job.types for job in apart} == {("torch.float32",)}
+    assert {job.types for job in apart} == {(torch.float32,)}
     assert {job.module for job in apart} == {__name__} and {job.path for job in apart} == {__file__}
     assert apart[0].options == {"num_warps": 4, "enable_fp_fusion": False}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nvfp4c import dialect, scale_layout
 from nvfp4c.formats import DEFAULT_SIGNS, ROW_BLOCK, TILE_BLOCK, padded, signs_from_seed
+from nvfp4c.prologue import Kind, Prologue, Step
 from nvfp4c.region import Axis, Form, Layout, Output, Region, evaluate, shapes
 
 SEED = torch.tensor(-77)
@@ -139,3 +140,12 @@ def test_product_is_scaled_mm_of_what_is_dequantised(bias: Tensor | None) -> Non
     amaxes = dialect.AMAX(x), dialect.AMAX(w)
     expected = dialect.SCALED_MM(*a, amaxes[0], *b, amaxes[1], 20, bias, torch.float32)
     assert same_bits(dialect.PRODUCT(*values, *amaxes, bias, None, torch.float32), expected)
+
+
+def test_what_a_prologue_makes_is_known_without_making_it() -> None:
+    steps = (Step("mul", (0, 1), "float32"), Step("to", (3,), "bfloat16"), Step("mul", (4, 2), "float16"))
+    prologue = Prologue((Kind.FULL, Kind.ROW, Kind.COLUMN), steps, (5, 4, 3, 0))
+    inputs = [torch.ones(2, 6, 8, dtype=torch.bfloat16), torch.ones(2, 6, 1), torch.ones(8, dtype=torch.float64)]
+    made = prologue.evaluate(inputs)
+    assert prologue.result_types([x.dtype for x in inputs]) == [x.dtype for x in made]
+    assert {x.shape for x in made} == {inputs[0].shape}

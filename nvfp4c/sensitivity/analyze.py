@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,7 @@ from nvfp4c.sensitivity.measure import check_batches, everywhere, measure
 from nvfp4c.sensitivity.measurements import Measurements
 from nvfp4c.sensitivity.plans import to_plan
 from nvfp4c.sensitivity.problem import Problem
-from nvfp4c.sensitivity.score import scores
+from nvfp4c.sensitivity.score import scores, second_order
 from nvfp4c.sensitivity.solve import curve, solve
 from nvfp4c.sensitivity.switched import SwitchedModel
 from nvfp4c.sensitivity.together import Rises, pair_terms, together
@@ -101,6 +101,8 @@ def analyze(
         pairs = pair_terms(checked, scored, rises, watch)
         if pairs:
             scored = {**scores(found, everything - math.fsum(pairs.values())), **ablation.single}
+    second = second_order(found, everything - math.fsum(pairs.values()))
+    found = replace(found, provenance={**found.provenance, "second_order": asdict(second)})
     problem = Problem(found, scored, settings.budget, settings.constraints, pairs)
     chosen = solve(problem)
     plans = [chosen, *rivals(problem, settings)]

@@ -6,8 +6,7 @@ differently, so it is damped as a Wiener filter damps a signal in noise: first^3
 there is the empirical Fisher matrix, by rows where each has a loss of its own, as tokens have, or by samples, where a
 loss is of whole sequences (`auto_quantize` of ModelOpt adds (g e)^2 over elements, which is the diagonal by rows). It
 gets the one weight with which all sites together rise as much as was measured with all of them in FP4. Of the two that
-one is taken whose weight is nearer to 1: by rows on two GPTs, with 0.4 and 1.0; by samples on a sentence encoder, with
-0.8 to 1.2, where by rows it would be 0.01.
+one is taken whose weight is nearer to 1: by rows on GPTs, by samples on a sentence encoder.
 
 dgrad, wgrad. These errors change gradients, not this batch's loss. A role is given what its error adds to the squared
 relative error of the gradients of all parameters that it reaches, weighted by their part of the squared gradient: wgrad
@@ -53,7 +52,7 @@ class Second:
 
 
 def second_order(measurements: Measurements, everything: float) -> Second:
-    """The terms, by rows or by samples, that need the least of a weight so that all sites add up to the rise with
+    """The terms, by rows or by samples, whose weight is nearer to 1, with which all sites add up to the rise with
     everything in FP4. The weight is 0 where the first-order terms alone exceed it."""
     roles = [site.roles["fprop"] for site in measurements.sites if "fprop" in site.roles]
     missing = everything - math.fsum(damped(role.first or 0.0, role.first_error) for role in roles)

@@ -1,4 +1,4 @@
-"""Every kind of kernel on shapes that fill no tiles, to be watched by NVIDIA's compute-sanitizer.
+"""Every kind of emitted kernel, and the probe's, on shapes that fill no tiles, for NVIDIA's compute-sanitizer.
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python tests/kernels/sanitized.py
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,7 @@ def test_scores_add_up_to_what_was_measured(found: Analysis) -> None:
     assert second_order(found.measurements, first - 1.0).weight == 0
     everything = found.measurements.provenance["rise_with_everything_in_fp4"]
     assert found.scores == scores(found.measurements, everything)
+    assert found.measurements.provenance["second_order"] == asdict(second_order(found.measurements, everything))
 
 
 @pytest.mark.parametrize(
