@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -55,6 +55,13 @@ class Setting:
     target: GPUTarget
     assembler: str
     cache: str
+
+
+def start_workers() -> None:
+    """Have Inductor's workers start, where it compiles with any and has not started them. For one thread to call: two
+    at once would start them twice."""
+    with suppress(Exception):  # without workers kernels compile here
+        AsyncCompile.use_process_pool()
 
 
 def compile_apart(jobs: Sequence[Job]) -> bool:

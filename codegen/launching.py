@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from torch._inductor.async_compile import get_compile_threads
 
-from nvfp4c.codegen.compiling import Job, compile_apart
+from nvfp4c.codegen.compiling import Job, compile_apart, start_workers
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -91,6 +91,7 @@ def compile_ahead(launches: Sequence[Launch], device: torch.device) -> None:
     by_kernel: dict[Any, list[Launch]] = {}
     for launch in launches:
         by_kernel.setdefault(launch.kernel, []).append(launch)
+    start_workers()
     for kernel, alike in by_kernel.items():
         compiling = _pool().submit(_warm_up, alike, device, kernel not in _met)
         _met.add(kernel)

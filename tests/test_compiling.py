@@ -21,7 +21,7 @@ from triton.compiler import make_backend
 from triton.runtime import driver
 
 from nvfp4c.codegen import compiling, operations
-from nvfp4c.codegen.compiling import AbsentGpu, Setting, compile_apart, compile_jobs
+from nvfp4c.codegen.compiling import AbsentGpu, Setting, compile_apart, compile_jobs, start_workers
 from nvfp4c.codegen.launching import INTERPRETED, Launch
 from nvfp4c.formats import DEFAULT_SIGNS
 from nvfp4c.region import Axis, Form, Output, Region
@@ -145,6 +145,24 @@ def test_workers_that_are_not_ready_are_not_waited_for(
     monkeypatch.setattr(async_compile, "get_compile_threads", lambda: workers)
     monkeypatch.setattr(AsyncCompile, "_ready_future", Future() if started else None)
     monkeypatch.setattr(AsyncCompile, "process_pool", lambda: pytest.fail("nothing is to be asked of them"))
+    assert not compile_apart([operations.product_factors(DEVICE).job])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_start_where_there_are_to_be_any(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(async_compile, "get_compile_threads", lambda: workers)
+    async_compile.shutdown_compile_workers()
+    start_workers()
+    assert (AsyncCompile._ready_future is not None) == (workers > 1)
+    async_compile.shutdown_compile_workers()
+
+
+def test_workers_that_cannot_start_harm_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> bool:
+        raise RuntimeError("no process can be started")
+
+    monkeypatch.setattr(AsyncCompile, "use_process_pool", refuse)
+    start_workers()
     assert not compile_apart([operations.product_factors(DEVICE).job])
 
 

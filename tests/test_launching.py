@@ -78,6 +78,7 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
         return True
 
     monkeypatch.setattr(launching, "compile_apart", compile_apart)
+    monkeypatch.setattr(launching, "start_workers", lambda: None)
     return asked
 
 
@@ -145,3 +146,11 @@ def test_only_kernels_that_are_new_go_to_workers(apart: list[Job]) -> None:
     assert {job.types for job in apart} == {(torch.float32,)}
     assert {job.module for job in apart} == {__name__} and {job.path for job in apart} == {__file__}
     assert apart[0].options == {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def test_workers_are_started_by_one_thread(apart: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor guards nothing: two threads would start them twice."""
+    started: list[threading.Thread] = []
+    monkeypatch.setattr(launching, "start_workers", lambda: started.append(threading.current_thread()))
+    compile_ahead([launch_of(Kernel()), launch_of(Kernel())], DEVICE)
+    assert started == [threading.current_thread()]
