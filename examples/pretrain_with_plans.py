@@ -100,11 +100,8 @@ def compare(arguments: argparse.Namespace) -> None:
             backend = "nvfp4" if nvfp4 else "inductor"
             runs[name][seed] = train(replace(settings, seed=seed), corpus, backend, nvfp4, teller(name, seed))
             save(replace(record, results=results(runs)), folder)
-    complete = {
-        name: {seed: own[seed] for seed in set.intersection(*map(set, runs.values()))} for name, own in runs.items()
-    }
-    if complete[HIGH]:
-        print(*summary(complete), sep="\n")
+    if seeds := set.intersection(*map(set, runs.values())):
+        print(*summary({name: {seed: own[seed] for seed in seeds} for name, own in runs.items()}), sep="\n")
 
 
 def earlier(path: Path, asked: Mapping[str, Any]) -> tuple[dict[str, Any], Runs]:

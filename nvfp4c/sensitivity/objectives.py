@@ -98,14 +98,18 @@ def token_loss(model: nn.Module, batch: Samples) -> Tensor:
 
 
 def neighbour_loss(model: nn.Module, batch: Samples) -> Tensor:
-    """InfoNCE in nats (arXiv 1807.03748): a passage's neighbour among all of the batch, averaged over both directions.
-
-    An embedding is the mean over the tokens' last hidden states; a similarity is the cosine of two embeddings over
-    TEMPERATURE. log(batch size) is what a guess gives.
-    """
+    """`contrast` of passages with their neighbours. An embedding is the mean over the tokens' last hidden states."""
     passages = torch.cat(batch)
-    embeddings = F.normalize(model(input_ids=passages).last_hidden_state.float().mean(dim=1), dim=-1)
-    first, second = embeddings.chunk(2)
-    similarities = first @ second.T / TEMPERATURE
+    embeddings = model(input_ids=passages).last_hidden_state.float().mean(dim=1)
+    return contrast(*embeddings.chunk(2))
+
+
+def contrast(first: Tensor, second: Tensor) -> Tensor:
+    """InfoNCE in nats (arXiv 1807.03748): which belongs to which among all of the batch, averaged over both directions.
+
+    first, second: embeddings float32 [batch, width], whose rows belong together; a similarity is their cosine over
+    TEMPERATURE. log(batch) is what a guess gives.
+    """
+    similarities = F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).T / TEMPERATURE
     own = torch.arange(len(similarities), device=similarities.device)
     return (F.cross_entropy(similarities, own) + F.cross_entropy(similarities.T, own)) / 2

@@ -1,4 +1,4 @@
-"""Every kind of emitted kernel, and the probe's, on shapes that fill no tiles, for NVIDIA's compute-sanitizer.
+"""The kernels of a training step, and the probe's, on shapes that fill no tiles, for NVIDIA's compute-sanitizer.
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python tests/kernels/sanitized.py
 
