@@ -1,7 +1,7 @@
 """The Dynamo backend: `torch.compile(model, backend="nvfp4")`.
 
-Inductor does the compiling. It is handed two passes: one rewrites the joint forward and backward graph, where the
-roles of matmuls are still visible, and one lowers each of the two graphs after the partitioner has cut it.
+Inductor does the compiling. It is handed a pass that rewrites the joint forward and backward graph, where the roles of
+matmuls are still visible. What compiles the two graphs that the partitioner cuts it into lowers each of them first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import fx
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.exc import InvalidCxxCompiler
@@ -50,8 +50,7 @@ class GraphPass(CustomGraphPass):
         self._observers = tuple(observers)
 
     def __call__(self, graph: fx.Graph) -> None:
-        with no_collection():
-            pipeline.run(graph, self._steps, self._title, self._observers)
+        pipeline.run(graph, self._steps, self._title, self._observers)
 
     def uuid(self) -> str | None:
         return self._key
@@ -59,8 +58,8 @@ class GraphPass(CustomGraphPass):
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Leave garbage for later: passes make many objects and next to no cycles, and a collection looks at all there are,
-    a fifth of a second each time."""
+    """Leave garbage for later: compiling makes many objects and few cycles, and a collection looks at all there are, a
+    fifth of a second each time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -89,6 +88,7 @@ def compile_graph(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, observers: Sequence[Observer] = ()
 ) -> Callable[..., Any]:
     """Compile with options already parsed; each observer sees every graph after every pass."""
+    inner_compile: Callable[..., Any] = compile_fx_inner
     patches: dict[str, Any] = dict(list_mode_options(options.mode)) if options.mode != "default" else {}
     if not options.changes_nothing:
         names = names_of(gm, example_inputs, find_root())
@@ -105,9 +105,30 @@ def compile_graph(
         joint += pipeline.remember(names, kept)
         patches["joint_custom_pre_pass"] = GraphPass("joint", joint, key, observers)
         lower = pipeline.lowering(table)
-        patches["post_grad_custom_pre_pass"] = GraphPass("lower", lower, key, observers)
-    compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[assignment]
+        inner_compile = lowered_first(lambda graph: pipeline.run(graph, lower, "lower", observers))
+    with no_collection():
+        compiled: Callable[..., Any] = compile_fx(  # type: ignore[assignment]
+            gm, list(example_inputs), inner_compile=inner_compile, config_patches=patches
+        )
     return compiled
+
+
+def lowered_first(lower: Callable[[fx.Graph], object]) -> Callable[..., Any]:
+    """What compiles one graph, forward or backward: `lower`, then Inductor.
+
+    As a pass of Inductor's, `lower` would run after Inductor has worked out the value of every node. It would then do
+    so once more for all that changed, which is nearly everything.
+    """
+
+    def compile_one(gm: fx.GraphModule, example_inputs: Sequence[Any], **how: Any) -> Any:
+        with no_collection():
+            for module in gm.modules():
+                if isinstance(module, fx.GraphModule):
+                    lower(module.graph)
+                    module.recompile()
+            return compile_fx_inner(gm, example_inputs, **how)
+
+    return compile_one
 
 
 def device_of(inputs: Iterable[object]) -> torch.device:
