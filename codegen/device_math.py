@@ -16,14 +16,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nvfp4c import formats, philox
+from nvfp4c import formats
 
 FP32_MAX = tl.constexpr(formats.FP32_MAX)
 GLOBAL_MAX = tl.constexpr(formats.GLOBAL_MAX)
 GLOBAL_SQUARE = tl.constexpr(formats.GLOBAL_MAX * formats.GLOBAL_MAX)
 E2M1_MAX = tl.constexpr(formats.E2M1_MAX)
 E4M3_MAX = tl.constexpr(formats.E4M3_MAX)
-ROUNDS = tl.constexpr(philox.ROUNDS)
+ROUNDS = tl.constexpr(formats.PHILOX_ROUNDS)
 HADAMARD_NORM = tl.constexpr(formats.HADAMARD_NORM)
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 TWO_TO_120 = tl.constexpr(2.0**120)
@@ -364,3 +364,17 @@ def store(place, values, inside, EVEN: tl.constexpr):
         tl.store(place, values)
     else:
         tl.store(place, values, mask=inside)
+
+
+def settle_names(functions) -> None:
+    """Have Triton work out the names of these functions, a module's, in the order in which they stand.
+
+    Triton 3.6 puts into the name of what it compiles the constants of those functions that it happened to look at
+    before. Without this another process would seldom find a compiled kernel.
+    """
+    for function in tuple(functions.values()):
+        if isinstance(function, triton.JITFunction):
+            function.cache_key  # noqa: B018  (worked out when first read, then kept)
+
+
+settle_names(globals())

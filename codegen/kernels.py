@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nvfp4c.codegen.device_math import e2m1_value, e4m3_value, global_factor, to_bfloat16
+from nvfp4c.codegen.device_math import e2m1_value, e4m3_value, global_factor, settle_names, to_bfloat16
 
 
 @triton.jit
@@ -76,3 +76,6 @@ def product_factors(a_amax, b_amax, factors):
     tl.store(factors, global_factor(tl.load(a_amax), tl.load(b_amax)))
     tl.store(factors + 1, 0.0)
     tl.store(factors + 2, 1.0)
+
+
+settle_names(globals())

@@ -17,6 +17,8 @@ import triton
 from torch import Tensor
 from torch._inductor.async_compile import get_compile_threads
 
+from nvfp4c.codegen.compiling import Job, compile_apart
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 LOAD_BYTES = 16
@@ -68,19 +70,37 @@ class Launch:
         compiled = self.kernel.warmup(*arguments, **self.constants, **self.options, grid=(self.programs,))
         compiled.run  # noqa: B018  (reading it loads the kernel, and has a C compiler build what launches it)
 
+    @property
+    def job(self) -> Job:
+        """What `warm_up` compiles, for another process."""
+        function = self.kernel.fn
+        return Job(
+            module=function.__module__,
+            path=function.__code__.co_filename,
+            name=function.__name__,
+            types=tuple(None if dtype is None else str(dtype) for dtype in self.types),
+            numbers=self.numbers,
+            constants=dict(self.constants),
+            options=self.options,
+        )
+
 
 def compile_ahead(launches: Sequence[Launch], device: torch.device) -> None:
     """Start to compile all of them in the background, kernels side by side and the forms of one in turn, for most are
-    alike."""
+    alike. Kernels that are new are compiled by another process, unless Inductor is to compile one after the other."""
     by_kernel: dict[Any, list[Launch]] = {}
     for launch in launches:
         by_kernel.setdefault(launch.kernel, []).append(launch)
     for kernel, alike in by_kernel.items():
-        _under_way.setdefault(kernel, []).append(_pool().submit(_warm_up, alike, device))
+        apart = get_compile_threads() > 1 and kernel not in _met
+        _met.add(kernel)
+        _under_way.setdefault(kernel, []).append(_pool().submit(_warm_up, alike, device, apart))
 
 
-def _warm_up(launches: Sequence[Launch], device: torch.device) -> None:
+def _warm_up(launches: Sequence[Launch], device: torch.device, apart: bool) -> None:
     with torch.cuda.device(device):  # of this thread
+        if apart:
+            compile_apart([launch.job for launch in launches], device.index or 0)  # where that fails, it compiles here
         for launch in launches:
             launch.warm_up()
 
@@ -89,9 +109,13 @@ _under_way: dict[Any, list[Future[None]]] = {}
 """Compiling of kernels that has been started and not yet waited for."""
 
 
+_met: set[Any] = set()
+"""Kernels that have been compiled ahead."""
+
+
 @cache
 def _pool() -> ThreadPoolExecutor:
-    """Threads that compile, as many as Inductor compiles with."""
+    """Threads that compile or have it done, as many as Inductor compiles with."""
     return ThreadPoolExecutor(max(1, get_compile_threads()), thread_name_prefix="nvfp4c-compile")
 
 

@@ -3,14 +3,17 @@
 An NVFP4 value is ``code * float(scale) * (amax / 2688)``: a 4-bit E2M1 code, an E4M3 scale for each 16
 elements along the contraction axis (or for a 16x16 tile), and one FP32 amax for the tensor.
 Source: arXiv 2509.25149, section 2, and the OCP Microscaling formats for E2M1.
+
+PyTorch is imported where it is needed, for processes that only compile kernels start without it.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 BLOCK = 16
 """Elements that share one scale, and the size of the Hadamard transform."""
@@ -26,7 +29,7 @@ E4M3_MAX = 448.0
 GLOBAL_MAX = E2M1_MAX * E4M3_MAX
 """2688: what the tensor's amax is mapped to."""
 
-FP32_MAX = torch.finfo(torch.float32).max
+FP32_MAX = (2.0 - 2.0**-23) * 2.0**127
 
 DEFAULT_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 """Signs of the random Hadamard transform; one vector serves the whole model."""
@@ -34,9 +37,10 @@ DEFAULT_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 HADAMARD_NORM = 0.25
 """1 / sqrt(16): makes the 16x16 Hadamard matrix orthonormal."""
 
-QUANTIZABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PHILOX_ROUNDS = 7
+"""Of the generator behind stochastic rounding, see `nvfp4c.philox`."""
 
-Size = TypeVar("Size", int, torch.SymInt)
+Size = TypeVar("Size", int, "torch.SymInt")
 
 
 def block_count(size: Size) -> Size:
@@ -51,6 +55,8 @@ def padded(size: Size) -> Size:
 
 def sylvester_hadamard(size: int = BLOCK) -> torch.Tensor:
     """Unnormalised Hadamard matrix of order `size` (a power of two), float32, entries +1 and -1."""
+    import torch
+
     if size < 1 or size & (size - 1):
         raise ValueError(f"a Sylvester Hadamard matrix has a power of two as its order, not {size}")
     matrix = torch.ones(1, 1)
@@ -61,5 +67,7 @@ def sylvester_hadamard(size: int = BLOCK) -> torch.Tensor:
 
 def signs_from_seed(seed: int) -> tuple[int, ...]:
     """Another sign vector, drawn from `seed`; the same seed always gives the same signs."""
+    import torch
+
     bits = torch.randint(0, 2, (BLOCK,), generator=torch.Generator().manual_seed(seed))
     return tuple(1 - 2 * int(bit) for bit in bits)

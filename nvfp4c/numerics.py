@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nvfp4c.dtypes import QUANTIZABLE_DTYPES
 from nvfp4c.errors import NumericsError
 from nvfp4c.formats import (
     BLOCK,
@@ -25,7 +26,6 @@ from nvfp4c.formats import (
     FP32_MAX,
     GLOBAL_MAX,
     HADAMARD_NORM,
-    QUANTIZABLE_DTYPES,
     ROW_BLOCK,
     TILE_BLOCK,
     block_count,

@@ -15,9 +15,8 @@ import math
 
 import torch
 
-from nvfp4c.formats import BLOCK, block_count, padded
+from nvfp4c.formats import BLOCK, PHILOX_ROUNDS, block_count, padded
 
-ROUNDS = 7
 KEY_STEP = (0x9E3779B9, 0xBB67AE85)
 MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 MASK = 0xFFFFFFFF
@@ -31,7 +30,7 @@ def _multiply_high_low(constant: int, word: torch.Tensor) -> tuple[torch.Tensor,
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox(seed: torch.Tensor, counter: Words, rounds: int = ROUNDS) -> Words:
+def philox(seed: torch.Tensor, counter: Words, rounds: int = PHILOX_ROUNDS) -> Words:
     """Four random words for each counter. All tensors are int64 holding unsigned 32-bit words; seed is 0-d."""
     key0, key1 = seed & MASK, (seed >> 32) & MASK
     c0, c1, c2, c3 = counter

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from nvfp4c.dialect import MATMUL, Matmul, Operand, Role, arguments
-from nvfp4c.formats import QUANTIZABLE_DTYPES
+from nvfp4c.dtypes import QUANTIZABLE_DTYPES
 from nvfp4c.passes.graph_edit import SHAPE_OPS, backward_nodes
 from nvfp4c.sites import GraphInput, ModelNames, site_name
 

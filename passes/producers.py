@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from nvfp4c import cost
 from nvfp4c.dialect import REGION, arguments, is_dialect
-from nvfp4c.formats import BLOCK, QUANTIZABLE_DTYPES
+from nvfp4c.dtypes import QUANTIZABLE_DTYPES
+from nvfp4c.formats import BLOCK
 from nvfp4c.prologue import Argument, Kind, Prologue, Step
 from nvfp4c.region import Form, Region
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 pytest.importorskip("triton", reason="no triton for this system")
 
 from nvfp4c.codegen import launching
+from nvfp4c.codegen.compiling import Job
 from nvfp4c.codegen.launching import Launch, compile_ahead
 
 DEVICE = torch.device("cuda", 0)
@@ -26,6 +28,7 @@ class Kernel:
         self.most_at_once = 0
         self._gate = gate
         self._broken = broken
+        self.fn = launch_of
 
     def warmup(self, *arguments: Any, grid: tuple[int, ...], **constants: Any) -> Any:
         self.busy += 1
@@ -62,6 +65,22 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(launching, "INTERPRETED", False)
     monkeypatch.setattr(launching, "_under_way", {})
+    monkeypatch.setattr(launching, "_met", set())
+    monkeypatch.setattr(launching, "get_compile_threads", lambda: 2)
+    launching._pool.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def apart(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """What another process was asked to compile."""
+    asked: list[Job] = []
+
+    def compile_apart(jobs: Sequence[Job], device: int) -> bool:
+        asked.extend(jobs)
+        return True
+
+    monkeypatch.setattr(launching, "compile_apart", compile_apart)
+    return asked
 
 
 def kinds(kernel: Kernel) -> list[str]:
@@ -116,3 +135,23 @@ def test_nothing_is_kept_of_what_was_waited_for() -> None:
     compile_ahead([launch_of(kernel)], DEVICE)
     launch_of(kernel)((torch.ones(4),))
     assert kernel not in launching._under_way
+
+
+def test_only_kernels_that_are_new_compile_apart(apart: list[Job]) -> None:
+    kernel, other = Kernel(), Kernel()
+    for launches in ([launch_of(kernel, 1), launch_of(kernel, 2)], [launch_of(kernel, 3), launch_of(other, 4)]):
+        compile_ahead(launches, DEVICE)
+        for launch in launches:
+            launch((torch.ones(4),))
+    assert sorted(job.numbers for job in apart) == [(1,), (2,), (4,)]
+    assert {job.types for job in apart} == {("torch.float32",)}
+    assert {job.module for job in apart} == {__name__} and {job.path for job in apart} == {__file__}
+    assert apart[0].options == {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def test_with_one_thread_all_compile_here(apart: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "get_compile_threads", lambda: 1)
+    kernel = Kernel()
+    compile_ahead([launch_of(kernel)], DEVICE)
+    launch_of(kernel)((torch.ones(4),))
+    assert kinds(kernel) == ["compiled", "launched"] and apart == []

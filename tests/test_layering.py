@@ -16,11 +16,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nvfp4c"
 LONGEST_FILE = 500
 
-NUMERICS = {"nvfp4c.formats", "nvfp4c.errors"}
+NUMERICS = {"nvfp4c.dtypes", "nvfp4c.formats", "nvfp4c.errors"}
 REGION = {"nvfp4c.formats", "nvfp4c.numerics", "nvfp4c.philox", "nvfp4c.scale_layout", "nvfp4c.errors"}
 DIALECT = REGION | {"nvfp4c.prologue", "nvfp4c.region"}
 MAY_IMPORT = {
     "nvfp4c.errors": set(),
+    "nvfp4c.dtypes": {"torch"},
     "nvfp4c.formats": {"torch"},
     "nvfp4c.numerics": {"torch"} | NUMERICS,
     "nvfp4c.philox": {"torch"} | NUMERICS,
@@ -48,6 +49,7 @@ MAY_IMPORT = {
         "nvfp4c.passes",
         "nvfp4c.cost",
         "nvfp4c.dialect",
+        "nvfp4c.dtypes",
         "nvfp4c.prologue",
         "nvfp4c.region",
         "nvfp4c.formats",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nvfp4c.philox import ROUNDS, philox, random_bytes
+from nvfp4c.formats import PHILOX_ROUNDS
+from nvfp4c.philox import philox, random_bytes
 
 Four = tuple[int, int, int, int]
 
@@ -15,7 +16,7 @@ def signed(key: int) -> int:
     return key - (1 << 64) if key >> 63 else key
 
 
-def scalar_philox(key: tuple[int, int], counter: Four, rounds: int = ROUNDS) -> Four:
+def scalar_philox(key: tuple[int, int], counter: Four, rounds: int = PHILOX_ROUNDS) -> Four:
     """The published algorithm on Python integers, one counter at a time."""
     (k0, k1), (c0, c1, c2, c3) = key, counter
     for _ in range(rounds):

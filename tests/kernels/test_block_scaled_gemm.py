@@ -14,7 +14,8 @@ from torch import Tensor
 from nvfp4c import dialect, numerics, scale_layout
 from nvfp4c.codegen import block_scaled_gemm, kernels
 from nvfp4c.codegen.block_scaled_gemm import EMULATED_TILE, TILES, block_scaled_mm
-from nvfp4c.formats import QUANTIZABLE_DTYPES, block_count
+from nvfp4c.dtypes import QUANTIZABLE_DTYPES
+from nvfp4c.formats import block_count
 
 INTERPRETED = bool(block_scaled_gemm.INTERPRETED)
 swizzled_place = kernels.swizzled_place

@@ -15,7 +15,8 @@ from torch.library import opcheck
 from nvfp4c import dialect
 from nvfp4c.codegen import operations
 from nvfp4c.codegen.emit import Tile
-from nvfp4c.formats import DEFAULT_SIGNS, QUANTIZABLE_DTYPES, ROW_BLOCK, TILE_BLOCK, signs_from_seed
+from nvfp4c.dtypes import QUANTIZABLE_DTYPES
+from nvfp4c.formats import DEFAULT_SIGNS, ROW_BLOCK, TILE_BLOCK, signs_from_seed
 from nvfp4c.region import Axis, Form, Layout, Output, Region, evaluate
 
 LAYOUTS = ("rows", "columns", "strided", "repeated")
