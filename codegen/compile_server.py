@@ -18,6 +18,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from types import ModuleType
 from typing import Any
 
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import MockTensor
@@ -79,6 +80,7 @@ def answer(connection: socket.socket) -> None:
 def compile_all(asked: Mapping[str, Any]) -> None:
     """Compile what `compiling.compile_apart` describes. Tensors are taken to be aligned, as in `Launch.warm_up`."""
     os.environ.update(asked["environment"])
+    triton.runtime.cache.triton_key = lambda: asked["triton_key"]
     driver.set_active(AbsentGpu(GPUTarget(*asked["target"])))
     for job in asked["jobs"]:
         kernel = getattr(module_of(job["module"], job["path"]), job["name"])
@@ -98,7 +100,15 @@ def module_of(name: str, path: str) -> ModuleType:
     return module
 
 
+def leave_out_pytorch() -> None:
+    """Triton 3.6 imports it, for the class of tensors. Nothing here is one."""
+    absent = ModuleType("torch")
+    absent.Tensor = type("Tensor", (), {})  # type: ignore[attr-defined]
+    sys.modules["torch"] = absent
+
+
 if __name__ == "__main__":
+    leave_out_pytorch()
     import nvfp4c.codegen.kernels  # noqa: F401  (before the first fork, so that no child has to)
 
     serve(socket.socket(fileno=int(sys.argv[1])))

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from threading import Lock
@@ -17,6 +18,7 @@ from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 from triton.backends.nvidia.compiler import get_ptxas_version
 from triton.runtime import driver
+from triton.runtime.cache import triton_key
 
 from nvfp4c.codegen import compile_server
 from nvfp4c.codegen.compile_server import DONE
@@ -42,14 +44,22 @@ class Job:
     options: Mapping[str, Any]
 
 
+def start() -> None:
+    """Start the server, if that has not been done: it takes a moment, so before there is anything to compile."""
+    with _lock, suppress(OSError):  # whoever needs it finds out
+        _server()
+
+
 def compile_apart(jobs: Sequence[Job], device: int = 0) -> bool:
     """Compile for the current GPU, number `device`, in another process, and wait for it. False where it came to
     nothing, whatever the reason: compiling here shows it."""
-    settle(device)
+    with _lock:
+        settle(device)
     target = driver.active.get_current_target()
     asked = {
         "target": (target.backend, target.arch, target.warp_size),
         "environment": dict(os.environ),
+        "triton_key": triton_key(),
         "jobs": [asdict(job) for job in jobs],
     }
     try:
@@ -69,6 +79,7 @@ def settle(device: int) -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device))
     _set_triton_ptxas_path()
     get_ptxas_version.cache_clear()  # it may know another's, which Triton would keep to
+    triton_key()  # a hash of Triton's files, half a second's work: once
 
 
 def connect() -> socket.socket:

@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 from torch._inductor.async_compile import get_compile_threads
 
+from nvfp4c.codegen import compiling
 from nvfp4c.codegen.compiling import Job, compile_apart
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -53,8 +54,8 @@ class Launch:
             if found is not None:
                 found(*tensors, *self.numbers, *self.constants.values())
                 return
-            for compiling in _under_way.pop(self.kernel, ()):
-                compiling.exception()  # waits; what went wrong there goes wrong here again
+            for begun in _under_way.pop(self.kernel, ()):
+                begun.exception()  # waits; what went wrong there goes wrong here again
             found = self.kernel[grid](*tensors, *self.numbers, **self.constants, **self.options)
             if not INTERPRETED:
                 self.compiled[aligned] = found[grid]
@@ -85,14 +86,25 @@ class Launch:
         )
 
 
+def get_ready() -> None:
+    """Start what `compile_ahead` will need."""
+    if _apart():
+        compiling.start()
+
+
+def _apart() -> bool:
+    """Whether another process is to compile new kernels: not where Inductor is to compile one after the other."""
+    return not INTERPRETED and get_compile_threads() > 1
+
+
 def compile_ahead(launches: Sequence[Launch], device: torch.device) -> None:
     """Start to compile all of them in the background, kernels side by side and the forms of one in turn, for most are
-    alike. Kernels that are new are compiled by another process, unless Inductor is to compile one after the other."""
+    alike. Kernels that are new are compiled by another process."""
     by_kernel: dict[Any, list[Launch]] = {}
     for launch in launches:
         by_kernel.setdefault(launch.kernel, []).append(launch)
     for kernel, alike in by_kernel.items():
-        apart = get_compile_threads() > 1 and kernel not in _met
+        apart = _apart() and kernel not in _met
         _met.add(kernel)
         _under_way.setdefault(kernel, []).append(_pool().submit(_warm_up, alike, device, apart))
 

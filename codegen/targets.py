@@ -70,6 +70,14 @@ def kernel_table(target: Target, product: str = AUTO) -> KernelTable:
     return _cpu_table() if target.capability is None else _gpu_table(target, product)
 
 
+def get_ready(target: Target) -> None:
+    """Start, in the background, what compiling for `target` will need."""
+    if target.capability is not None:
+        from nvfp4c.codegen import launching
+
+        launching.get_ready()
+
+
 def _cpu_table() -> KernelTable:
     return KernelTable(
         target="cpu",

@@ -97,6 +97,7 @@ def compile_graph(
         target = targets.resolve(options.target, device_of(example_inputs))
         if target.name == "cpu":
             check_cpp_compiler()
+        targets.get_ready(target)
         table = targets.kernel_table(target, options.product)
         cudagraphs = patches.get("triton.cudagraphs", inductor_config.triton.cudagraphs)
         kept = "off" if table.weight is None or cudagraphs or under_fsdp() else options.weight_cache

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -191,8 +191,36 @@ def test_a_server_that_nobody_asks_ends(monkeypatch: pytest.MonkeyPatch) -> None
         compile_server.serve(theirs)
 
 
-def test_the_server_starts_without_pytorch() -> None:
-    script = (
-        "import sys; import nvfp4c.codegen.compile_server, nvfp4c.codegen.kernels; sys.exit('torch' in sys.modules)"
-    )
+def test_the_server_does_without_pytorch(cache: Path) -> None:
+    """Importing it would take a child longer than compiling does."""
+    asked = {
+        "environment": {"TRITON_CACHE_DIR": str(cache)},
+        "triton_key": "any",
+        "target": (TARGET.backend, TARGET.arch, TARGET.warp_size),
+        "jobs": [asdict(operations.product_factors(DEVICE).job)],
+    }
+    script = f"""
+import sys
+
+class NoPyTorch:
+    def find_spec(self, name, *_):
+        assert name.split(".")[0] != "torch", "it is imported after all"
+
+sys.meta_path.insert(0, NoPyTorch())
+from nvfp4c.codegen import compile_server, kernels
+compile_server.leave_out_pytorch()
+compile_server.compile_all({asked!r})
+"""
     subprocess.run([sys.executable, "-c", script], check=True)
+    assert len(compiled(cache)) == 1
+
+
+@pytest.mark.usefixtures("_no_server")
+def test_a_server_can_be_started_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiling.start()
+    pid = compiling._server().process.pid
+    assert compile_apart([operations.product_factors(DEVICE).job])
+    assert compiling._server().process.pid == pid
+    compiling._server.cache_clear()
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    compiling.start()
