@@ -8,8 +8,6 @@ microseconds instead. The functions are compiled when they are first needed, and
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import cache
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,13 +16,12 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from nvfp4c import dialect, numerics
+from nvfp4c.codegen import cpu_blocks
+from nvfp4c.codegen.cpu_compiler import compiled
 from nvfp4c.dialect import oriented_like
 from nvfp4c.formats import BLOCK, TILE_BLOCK, padded
 
 LIBRARY = torch.library.Library("nvfp4_cpu", "DEF")
-
-EXACT: dict[str, str | int | bool | Callable[..., Any]] = {"emulate_precision_casts": True}
-"""Inductor would else drop a rounding to BF16 that is followed by a conversion back to FP32."""
 
 
 def amax(x: Tensor, signs: Sequence[int] | None = None) -> Tensor:
@@ -76,36 +73,39 @@ def product(
 
 
 def _hadamard(x: Tensor, signs: Sequence[int]) -> Tensor:
+    if x.numel() and x.stride(-1) != 1 and x.mT.is_contiguous() and x.shape[-1] % BLOCK == 0:
+        return cpu_blocks.rotated(x, tuple(signs))
+    return compiled(_rotated, _kind(x, (signs,)))(x, signs)
+
+
+def _rotated(x: Tensor, signs: Sequence[int]) -> Tensor:
     return oriented_like(x, numerics.rotate(x, signs))
 
 
+def _operand(x: Tensor, amax: Tensor, block: Sequence[int], rounding: str, seed: Tensor | None, stream: int) -> Tensor:
+    return cpu_blocks.operand(x, amax, (block[0], block[1]), seed if rounding == "stochastic" else None, stream)
+
+
 def _quantize(
+    x: Tensor, amax: Tensor, block: Sequence[int], rounding: str, seed: Tensor | None, stream: int
+) -> tuple[Tensor, Tensor]:
+    # The stream goes in as a tensor, so that no code depends on its value.
+    others = amax, block, rounding, seed, torch.tensor(stream)
+    return compiled(_packed, _kind(x, others))(x, *others)
+
+
+def _packed(
     x: Tensor, amax: Tensor, block: Sequence[int], rounding: str, seed: Tensor | None, stream: Tensor
 ) -> tuple[Tensor, Tensor]:
     return dialect.quantize(x, amax, block, rounding, None, seed, stream)
 
 
-def _operand(
-    x: Tensor, amax: Tensor, block: Sequence[int], rounding: str, seed: Tensor | None, stream: Tensor
-) -> Tensor:
-    bits = dialect.random_bits(x, rounding, seed, stream)
-    # Without codes between: bytes would keep Inductor from vectorising most of the kernel.
-    values = numerics.block_rounded(x, amax, (block[0], block[1]), bits)
-    return oriented_like(x, values.narrow(-1, 0, x.shape[-1]))
-
-
 def _dequantize(codes: Tensor, scales: Tensor, k: int) -> Tensor:
+    return compiled(_unpacked, _kind(codes, (scales, k)))(codes, scales, k)
+
+
+def _unpacked(codes: Tensor, scales: Tensor, k: int) -> Tensor:
     return dialect.dequantize(codes, scales, None, k, torch.float32)
-
-
-@cache
-def _compiled(function: FunctionType, kind: Hashable) -> Callable[..., Any]:
-    """`function` compiled for one kind of arguments. Each kind gets a code object of its own: Dynamo counts
-    recompilations by code object, and gives up compiling one that has too many."""
-    name = f"{function.__name__}_{_compiled.cache_info().currsize}"
-    code = function.__code__.replace(co_name=name)
-    copy = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
-    return torch.compile(copy, dynamic=True, fullgraph=True, options=EXACT)
 
 
 def _kind(x: Tensor, others: Sequence[Any]) -> Hashable:
@@ -119,12 +119,10 @@ def _kind(x: Tensor, others: Sequence[Any]) -> Hashable:
 
 
 def _call(function: Callable[..., Any], x: Tensor, *others: Any) -> Any:
-    assert isinstance(function, FunctionType)
-    compiled = _compiled(function, _kind(x, others))
     # One state of autograd in forward and backward, and no Parameter, whose sizes Dynamo takes for constants: each
     # would be compiled anew.
     with torch.no_grad(), torch._C._AutoDispatchBelowADInplaceOrView(), torch.autocast("cpu", enabled=False):
-        return compiled(x.detach(), *others)
+        return function(x.detach(), *others)
 
 
 def _run_hadamard(x: Tensor, signs: Sequence[int]) -> Tensor:
@@ -134,14 +132,13 @@ def _run_hadamard(x: Tensor, signs: Sequence[int]) -> Tensor:
 def _run_quantize(
     x: Tensor, amax: Tensor, block: Sequence[int], rounding: str, seed: Tensor | None, stream: int
 ) -> tuple[Tensor, Tensor]:
-    # The stream goes in as a tensor, so that no code depends on its value.
-    return _call(_quantize, x, amax, list(block), rounding, seed, torch.tensor(stream))
+    return _call(_quantize, x, amax, list(block), rounding, seed, stream)
 
 
 def _run_operand(
     x: Tensor, amax: Tensor, block: Sequence[int], rounding: str, seed: Tensor | None, stream: int
 ) -> Tensor:
-    return _call(_operand, x, amax, list(block), rounding, seed, torch.tensor(stream))
+    return _call(_operand, x, amax, list(block), rounding, seed, stream)
 
 
 def _run_dequantize(codes: Tensor, scales: Tensor, k: int) -> Tensor:

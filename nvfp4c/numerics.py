@@ -48,12 +48,17 @@ def rotate(x: Tensor, signs: Sequence[int]) -> Tensor:
     1, 2, 4, 8 in this order: where a block's dynamic range is wide the FP32 sum depends on its order, so one is fixed.
     """
     blocks = pad_last(x).unflatten(-1, (block_count(x.shape[-1]), BLOCK)).float()
-    parts = [part if sign > 0 else -part for part, sign in zip(blocks.unbind(-1), signs, strict=True)]
+    return rotated_blocks(blocks, signs, -1).flatten(-2).to(torch.bfloat16)
+
+
+def rotated_blocks(blocks: Tensor, signs: Sequence[int], axis: int) -> Tensor:
+    """`rotate` before its rounding: float32 blocks, whose 16 elements are along `axis`."""
+    parts = [part if sign > 0 else -part for part, sign in zip(blocks.unbind(axis), signs, strict=True)]
     for stride in (1, 2, 4, 8):
         for low in (place for place in range(BLOCK) if not place & stride):
             even, odd = parts[low], parts[low + stride]
             parts[low], parts[low + stride] = even + odd, even - odd
-    return (torch.stack(parts, -1) * HADAMARD_NORM).flatten(-2).to(torch.bfloat16)
+    return torch.stack(parts, axis) * HADAMARD_NORM
 
 
 def tensor_amax(x: Tensor) -> Tensor:
@@ -109,7 +114,7 @@ def round_e2m1(y: Tensor, random_bits: Tensor | None = None) -> Tensor:
 
 def _e2m1_steps(y: Tensor, random_bits: Tensor | None) -> tuple[Tensor, Tensor]:
     """Magnitudes in steps between codes, rounded as `encode_e2m1` says, and the magnitudes themselves."""
-    magnitude = torch.where(y.isnan(), E2M1_MAX, y.abs())
+    magnitude = torch.where(_is_nan(y), E2M1_MAX, y.abs())
     if random_bits is not None:
         magnitude = torch.where(magnitude < 1, (magnitude + 1.0) - 1.0, magnitude)
     slope = torch.where(magnitude < 2, 2.0, torch.where(magnitude < 4, 1.0, 0.5))
@@ -158,18 +163,33 @@ def block_scales(x: Tensor, amax: Tensor, block: tuple[int, int]) -> Tensor:
 
 
 def _scales(values: Tensor, encode: Tensor, block: tuple[int, int]) -> Tensor:
-    scales = torch.clamp(block_amax(values, block) * (encode * (1 / E2M1_MAX)), max=E4M3_MAX)
+    return scale_of(block_amax(values, block), encode * (1 / E2M1_MAX))
+
+
+def scale_of(amax: Tensor, sixth: Tensor) -> Tensor:
+    """The scales, float8_e4m3fn, of blocks with these amaxes. sixth: of the tensor's `encode_scale`."""
+    scales = torch.clamp(amax * sixth, max=E4M3_MAX)
     # A positive NaN constant: the sign of a computed NaN differs between processors, and the contract is 0x7F.
-    return torch.where(scales.isnan(), torch.nan, scales).to(torch.float8_e4m3fn)
+    return torch.where(_is_nan(scales), torch.nan, scales).to(torch.float8_e4m3fn)
+
+
+def scaled(values: Tensor, scales: Tensor, inverse: Tensor) -> Tensor:
+    """Float32 values over their float32 scales, clipped to what E2M1 holds. inverse: 1 / `encode_scale`."""
+    multiplier = torch.clamp(torch.reciprocal(scales * inverse), max=FP32_MAX)
+    return torch.clamp(values * multiplier, -E2M1_MAX, E2M1_MAX)
+
+
+def _is_nan(x: Tensor) -> Tensor:
+    """`isnan`, which Inductor does not vectorise on a CPU."""
+    return x != x
 
 
 def _block_scaled(x: Tensor, amax: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """x over its scales, clipped to what E2M1 holds, and the scales."""
     values, encode = pad_last(x).float(), encode_scale(amax)
     scales = _scales(values, encode, block)
-    multiplier = torch.clamp(torch.reciprocal(scales.float() * torch.reciprocal(encode)), max=FP32_MAX)
     blocks = values.unflatten(-1, (block_count(x.shape[-1]), BLOCK))
-    return torch.clamp(blocks * multiplier.unsqueeze(-1), -E2M1_MAX, E2M1_MAX).flatten(-2), scales
+    return scaled(blocks, scales.float().unsqueeze(-1), torch.reciprocal(encode)).flatten(-2), scales
 
 
 def tile_transpose(codes: Tensor, scales: Tensor, k: int | torch.SymInt) -> tuple[Tensor, Tensor]:

@@ -47,11 +47,16 @@ def random_bytes(seed: torch.Tensor, stream: int | torch.Tensor, blocks: int) ->
 
     seed: int64 scalar tensor; stream: number of the operand within its graph, an int64 scalar tensor or a number.
     """
-    index = torch.arange(blocks, device=seed.device, dtype=torch.int64)
-    zero = torch.zeros_like(index)
-    words = torch.stack(philox(seed, (index & MASK, index >> 32, zero + stream, zero)), dim=-1)
+    words = torch.stack(random_words(seed, stream, blocks), dim=-1)
     shifts = torch.arange(0, 32, 8, device=seed.device, dtype=torch.int64)
     return ((words.unsqueeze(-1) >> shifts) & 0xFF).to(torch.uint8).reshape(blocks, BLOCK)
+
+
+def random_words(seed: torch.Tensor, stream: int | torch.Tensor, blocks: int) -> Words:
+    """The words of `random_bytes`, each [blocks]."""
+    index = torch.arange(blocks, device=seed.device, dtype=torch.int64)
+    zero = torch.zeros_like(index)
+    return philox(seed, (index & MASK, index >> 32, zero + stream, zero))
 
 
 def random_bytes_like(x: torch.Tensor, seed: torch.Tensor, stream: int | torch.Tensor) -> torch.Tensor:

@@ -42,11 +42,17 @@ def quantized(x: Tensor, how: Quantization, seed: Tensor | None) -> Quantized:
     """x: [.., M, K], blocks along its last axis. seed: of stochastic rounding, as in `philox`."""
     if x.device.type == "cpu":
         source = x if how.signs is None else cpu.HADAMARD(x, how.signs)
-        amax = numerics.tensor_amax(source)
-        # Exact, and twice as fast: the kernel of stochastic rounding is not vectorised over BF16, nor over a transpose.
-        rows = source.float().contiguous()
-        return Quantized(source, cpu.OPERAND(rows, amax, how.block, how.rounding, seed, 0), amax)
+        amax = _amax(source)
+        return Quantized(source, cpu.OPERAND(source, amax, how.block, how.rounding, seed, 0), amax)
     return _on_gpu(x.contiguous(), how, seed)
+
+
+def _amax(x: Tensor) -> Tensor:
+    """numerics.tensor_amax, in one pass that writes nothing."""
+    if not x.numel():
+        return numerics.tensor_amax(x)
+    low, high = torch.aminmax(x if x.stride(-1) == 1 else x.mT)  # as it lies in memory, or it would be copied
+    return torch.maximum(low.abs(), high.abs()).float()
 
 
 def _on_gpu(x: Tensor, how: Quantization, seed: Tensor | None) -> Quantized:

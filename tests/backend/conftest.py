@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils._pytree import tree_map
 
-from nvfp4c.codegen import cpu
+from nvfp4c.codegen import cpu, cpu_compiler
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -43,7 +43,7 @@ def eager_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     give: test_training_step and test_cpu_kernels say so. What earlier tests compiled is forgotten, for Dynamo compiles
     one function only so many times."""
     torch._dynamo.reset()
-    monkeypatch.setattr(cpu, "_compiled", lambda function, kind: function)
+    monkeypatch.setattr(cpu_compiler, "compile_kind", lambda function, kind: function)
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from nvfp4c.codegen import cpu
+from nvfp4c.codegen import cpu_compiler
 
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CPU target's operations as they are written; Dynamo forgets everything before and after."""
-    monkeypatch.setattr(cpu, "_compiled", lambda function, kind: function)
+    monkeypatch.setattr(cpu_compiler, "compile_kind", lambda function, kind: function)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -70,9 +70,9 @@ def model() -> Net:
 @pytest.fixture(scope="module")
 def found(model: Net) -> Analysis:
     with pytest.MonkeyPatch.context() as patch:
-        from nvfp4c.codegen import cpu
+        from nvfp4c.codegen import cpu_compiler
 
-        patch.setattr(cpu, "_compiled", lambda function, kind: function)
+        patch.setattr(cpu_compiler, "compile_kind", lambda function, kind: function)
         torch._dynamo.reset()
         return analyze(model, batches(3, 1), loss, batches(2, 2), Settings(budget=Budget(0.2)))
 
