@@ -102,8 +102,7 @@ def compile_graph(
         cudagraphs = patches.get("triton.cudagraphs", inductor_config.triton.cudagraphs)
         kept = "off" if table.weight is None or cudagraphs or under_fsdp() else options.weight_cache
         key = None if observers or debug.wanted() else cache_key(gm, options, target, names, kept)
-        joint = (*pipeline.decide(options.recipe, options.plan, names), *pipeline.rewrite(table.native))
-        joint += pipeline.remember(names, kept)
+        joint = pipeline.joint(options.recipe, options.plan, names, table.native, kept)
         patches["joint_custom_pre_pass"] = GraphPass("joint", joint, key, observers)
         lower = pipeline.lowering(table)
         inner_compile = lowered_first(lambda graph: pipeline.run(graph, lower, "lower", observers))

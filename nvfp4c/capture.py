@@ -68,8 +68,16 @@ def capture(model: Callable[..., Any], *args: Any, call: Callable[..., Any] | No
     except that what it compiled for this model is dropped.
     """
     recorder = Recorder(model if isinstance(model, nn.Module) else None)
+    run_with(recorder, model, *args, call=call)
+    return tuple(recorder.graphs)
+
+
+def run_with(
+    backend: Callable[..., Any], model: Callable[..., Any], *args: Any, call: Callable[..., Any] | None = None
+) -> None:
+    """One call, as in `capture`, of a model that this Dynamo backend is given the graphs of."""
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=recorder)
+    compiled = torch.compile(model, backend=backend)
     try:
         if call is None:
             compiled(*args)
@@ -77,4 +85,3 @@ def capture(model: Callable[..., Any], *args: Any, call: Callable[..., Any] | No
             call(compiled, *args)
     finally:
         torch._dynamo.reset()
-    return tuple(recorder.graphs)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from functorch.compile import make_boxed_func
 from torch import fx
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._inductor.compile_fx import fake_tensor_prop
+from torch._functorch import config as functorch_config
+from torch._inductor.compile_fx import compile_fx
 
 from nvfp4c import pipeline
-from nvfp4c.capture import CapturedGraph, capture
+from nvfp4c.backend import GraphPass
+from nvfp4c.capture import run_with
 from nvfp4c.codegen.chips import TARGETS
 from nvfp4c.dialect import arguments, matmul_of
 from nvfp4c.options import Options
-from nvfp4c.passes.graph_edit import backward_nodes
+from nvfp4c.sites import names_of
 from nvfp4c.tasks import Task
+
+FORWARD, BACKWARD = "forward", "backward"
 
 
 @dataclass(frozen=True)
@@ -32,64 +37,67 @@ class Half:
 
 
 def fused_graphs(task: Task, options: Options, target: str) -> list[Half]:
-    """The forward and backward graphs of a task as they are before the target's operations replace the dialect's."""
-    with torch.set_grad_enabled(task.loss is not None):
-        captured = capture(task.model, *task.example(), call=task.loss)
-    halves: list[Half] = []
-    for number, one in enumerate(captured, 1):
-        if one.names.weights:
-            options.plan.check_sites(one.names.weights)
-        packed = TARGETS[target].native_fp4
-        steps = (*pipeline.decide(options.recipe, options.plan, one.names), *pipeline.rewrite(packed))
-        steps += pipeline.remember(one.names, "off" if packed else options.weight_cache)
-        pipeline.run(one.graph, steps, "emit-joint")
-        forward, *backward = partitioned(one)
-        inputs = {node.name: node for module in backward for node in module.graph.find_nodes(op="placeholder")}
-        names = [node.name for node in _results(forward.graph)]
-        _fuse(forward, {}, target)
-        # Fusing makes new nodes for what is saved, at the same places.
-        results = dict(zip(names, _results(forward.graph), strict=True))
-        for module in backward:
-            _fuse(module, results, target)
-        saved = {node: inputs[name] for name, node in results.items() if name in inputs}
-        suffix = f" {number}" if len(captured) > 1 else ""
-        halves.append(Half(f"forward{suffix}", forward.graph, saved))
-        halves += [Half(f"backward{suffix}", module.graph, {}) for module in backward]
-    return halves
+    """The forward and backward graphs of a task as they are before the target's operations replace the dialect's.
 
-
-def partitioned(captured: CapturedGraph) -> tuple[fx.GraphModule, ...]:
-    """The forward and the backward graph that AOTAutograd would make of a joint graph; an inference graph as it is.
-
-    A joint graph returns what the forward gives, then a gradient for each input of the forward.
+    They come out of Inductor's `compile_fx`, as in the backend: its own passes change what there is to fuse. The task
+    itself runs uncompiled.
     """
-    backward = backward_nodes(captured.graph)
-    if not backward:
-        return (captured.module,)
-    inputs = [node for node in captured.graph.find_nodes(op="placeholder") if node not in backward]
-    (output,) = captured.graph.find_nodes(op="output")
-    count = len(arguments(output)[0]) - len(inputs)
-    joint = fx.GraphModule(captured.module, captured.graph)
-    return min_cut_rematerialization_partition(joint, (), num_fwd_outputs=count)
+    found: list[_Halves] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        names = names_of(gm, inputs, task.model)
+        if names.weights:
+            options.plan.check_sites(names.weights)
+        packed = TARGETS[target].native_fp4
+        joint = pipeline.joint(options.recipe, options.plan, names, packed, "off" if packed else options.weight_cache)
+        halves = _Halves(target)
+        patches = {"joint_custom_pre_pass": GraphPass("emit-joint", joint, key=None)}
+        with functorch_config.patch(force_non_lazy_backward_lowering=True):
+            compile_fx(gm, list(inputs), inner_compile=halves.keep, config_patches=patches)
+        found.append(halves)
+        return gm.forward
+
+    with torch.set_grad_enabled(task.loss is not None):
+        run_with(backend, task.model, *task.example(), call=task.loss)
+    return [
+        Half(f"{title} {number}" if len(found) > 1 else title, graph, halves.saved if title == FORWARD else {})
+        for number, halves in enumerate(found, 1)
+        for title, graph in halves.graphs.items()
+    ]
+
+
+@dataclass
+class _Halves:
+    """What is compiled of one graph that Dynamo captured.
+
+    results: what the forward returns, by the names that the backward knows it by. saved: as in `Half`.
+    """
+
+    target: str
+    graphs: dict[str, fx.Graph] = field(default_factory=dict)
+    results: dict[str, fx.Node] = field(default_factory=dict)
+    saved: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def keep(self, gm: fx.GraphModule, inputs: Sequence[Any], **how: Any) -> Any:
+        """Fuse a graph, and keep it, where Inductor would compile it. Nothing calls what is returned."""
+        graph = gm.graph
+        names = [node.name for node in _results(graph)]
+        pipeline.run(graph, pipeline.fusing(self.target), "emit")
+        if how.get("is_backward", False):
+            given = {node.name: node for node in graph.find_nodes(op="placeholder")}
+            self.saved = {node: given[name] for name, node in self.results.items() if name in given}
+            self.graphs[BACKWARD] = graph
+        else:
+            # Fusing makes new nodes for what is saved, at the same places.
+            self.results = dict(zip(names, _results(graph), strict=True))
+            self.graphs[FORWARD] = graph
+        return make_boxed_func(gm.forward)
 
 
 def _results(graph: fx.Graph) -> list[fx.Node]:
     """What a graph returns, without constants."""
     (output,) = graph.find_nodes(op="output")
     return [node for node in arguments(output)[0] if isinstance(node, fx.Node)]
-
-
-def _fuse(module: fx.GraphModule, given: Mapping[str, fx.Node], target: str) -> None:
-    """The passes that gather what one kernel can compute.
-
-    given: what an input is in another graph, by its name. As in Inductor, values are derived anew first: strides too
-    are then those of what is really saved.
-    """
-    graph = module.graph
-    graph.eliminate_dead_code()
-    inputs = [given.get(node.name, node).meta["val"] for node in graph.find_nodes(op="placeholder")]
-    fake_tensor_prop(module, inputs, force_allow_non_fake_inputs=True)
-    pipeline.run(graph, pipeline.fusing(target), "emit")
 
 
 def sites(half: Half, node: fx.Node) -> tuple[str, ...]:

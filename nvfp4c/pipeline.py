@@ -67,6 +67,11 @@ def remember(names: ModelNames, weight_cache: str) -> tuple[Step, ...]:
     return () if weight_cache == "off" else (mark,)
 
 
+def joint(recipe: Recipe, plan: PrecisionPlan, names: ModelNames, packed: bool, weight_cache: str) -> tuple[Step, ...]:
+    """All that runs on the joint graph; packed and weight_cache as for `rewrite` and `remember`."""
+    return (*decide(recipe, plan, names), *rewrite(packed), *remember(names, weight_cache))
+
+
 def lowering(table: KernelTable) -> tuple[Step, ...]:
     """Turn the dialect into what a target runs, on the forward and the backward graph apart."""
     lower = Step("lower", Lower(table), Stage.LOWERED)
