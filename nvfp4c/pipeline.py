@@ -22,6 +22,7 @@ from nvfp4c.passes.insert_scaling import insert_scaling
 from nvfp4c.passes.lower import Lower
 from nvfp4c.passes.native import native
 from nvfp4c.passes.place import place
+from nvfp4c.passes.save_sums import save_sums
 from nvfp4c.passes.share import share
 from nvfp4c.plan import PrecisionPlan
 from nvfp4c.recipe import Recipe
@@ -58,6 +59,7 @@ def rewrite(packed: bool = False) -> tuple[Step, ...]:
         Step("fold_hadamard", fold_hadamard, Stage.SCALED),
         *((Step("native", native, Stage.SCALED),) if packed else ()),
         Step("place", place, Stage.SCALED),
+        Step("save_sums", save_sums, Stage.SCALED),
     )
 
 

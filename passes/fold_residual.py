@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from nvfp4c.dialect import BLOCK_SCALED_MM, PRODUCT, RESIDUAL, arguments
+from nvfp4c.dialect import BLOCK_SCALED_MM, PRODUCT, RESIDUAL, SCALED_MM, arguments
 from nvfp4c.passes.graph_edit import insert
 
 aten = torch.ops.aten
@@ -42,14 +42,14 @@ VIEWS = frozenset(
 def fold_residual(graph: fx.Graph) -> fx.Graph:
     """Fold every sum that a product can take over."""
     for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
-        found = _match(node)
+        found = match(node)
         if found is not None:
             _fold(graph, node, found)
     return graph
 
 
 @dataclass(frozen=True)
-class _Folding:
+class Folding:
     """A product, the last view of it, and what that is added to, before it was brought into its shape."""
 
     product: fx.Node
@@ -57,8 +57,8 @@ class _Folding:
     other: fx.Node
 
 
-def _match(node: fx.Node) -> _Folding | None:
-    """The product that a sum can become a part of."""
+def match(node: fx.Node) -> Folding | None:
+    """The product that a sum can become a part of; on the joint graph, the matmul that becomes this product."""
     left, right = arguments(node)
     if not _is_tensor(left) or not _is_tensor(right) or left is right or node.kwargs.get("alpha", 1) != 1:
         return None
@@ -72,12 +72,12 @@ def _is_tensor(term: object) -> bool:
     return isinstance(term, fx.Node) and isinstance(term.meta.get("val"), Tensor)
 
 
-def _folding(term: fx.Node, other: fx.Node) -> _Folding | None:
+def _folding(term: fx.Node, other: fx.Node) -> Folding | None:
     """A term that is a product which nothing else reads, which adds nothing yet, and which comes after the other."""
     product = term
     while len(product.users) == 1 and product.target in VIEWS:
         product = arguments(product)[0]
-    if len(product.users) != 1 or product.target not in (PRODUCT, BLOCK_SCALED_MM):
+    if len(product.users) != 1 or product.target not in (SCALED_MM, PRODUCT, BLOCK_SCALED_MM):
         return None
     while other.target in VIEWS:
         other = arguments(other)[0]
@@ -85,8 +85,8 @@ def _folding(term: fx.Node, other: fx.Node) -> _Folding | None:
     symbolic = sum(isinstance(size, torch.SymInt) for size in sizes)
     # One symbolic size follows from the others, unless there are no elements.
     deducible = symbolic == 0 or (symbolic == 1 and 0 not in [size for size in sizes if isinstance(size, int)])
-    free = arguments(product)[RESIDUAL] is None
-    return _Folding(product, term, other) if free and deducible and other < product else None
+    free = product.target is SCALED_MM or arguments(product)[RESIDUAL] is None
+    return Folding(product, term, other) if free and deducible and other < product else None
 
 
 def _layout(node: fx.Node) -> tuple[object, ...]:
@@ -96,7 +96,7 @@ def _layout(node: fx.Node) -> tuple[object, ...]:
     return x.dtype, x.device, list(x.shape), steps
 
 
-def _fold(graph: fx.Graph, node: fx.Node, found: _Folding) -> None:
+def _fold(graph: fx.Graph, node: fx.Node, found: Folding) -> None:
     product, residual = found.product, found.other
     shape = product.meta["val"].shape
     if str(list(residual.meta["val"].shape)) != str(list(shape)):

@@ -211,7 +211,7 @@ def run_step(graph: fx.Graph, step: Step, before: Stage) -> fx.Graph:
     return graph
 
 
-ALL_STEPS = ("classify", "assign", "insert_hadamard", "insert_scaling", "share", "fold_hadamard", "place")
+ALL_STEPS = ("classify", "assign", "insert_hadamard", "insert_scaling", "share", "fold_hadamard", "place", "save_sums")
 
 
 def steps_of(
