@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from itertools import cycle
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ from nvfp4c.bench.timing import cache_bytes
 from nvfp4c.codegen.targets import kernel_table, resolve
 from nvfp4c.dialect import KernelTable
 from nvfp4c.formats import BLOCK, DEFAULT_SIGNS, TILE_BLOCK, block_count
-from nvfp4c.region import Axis, Form, Output, Region
+from nvfp4c.region import Axis, Form, Layout, Output, Region
 
 INPUT_DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
 LARGE_BYTES = {"cuda": 512 * 2**20, "cpu": 64 * 2**20}
@@ -83,6 +84,9 @@ QUANTIZERS: dict[str, tuple[Output, ...]] = {
 }
 """What is computed from one read of a matrix. The first form is the one that a chip with FP4 products wants."""
 
+NATIVE_PRODUCTS = {"emitted kernel": "triton", "library": "library"}
+"""What multiplies packed operands, and the option that asks for it."""
+
 
 def _quantizers(device: str, inputs: list[Tensor]) -> Iterator[Case]:
     table = kernel_table(resolve("auto", torch.device(device)))
@@ -134,7 +138,8 @@ def _computed(
 
 def _products(device: str, rows: int, columns: int) -> Iterator[Case]:
     """rows x columns times the transpose of columns x columns."""
-    table = kernel_table(resolve("auto", torch.device(device)))
+    target = resolve("auto", torch.device(device))
+    table = kernel_table(target)
     a = torch.randn(rows, columns, device=device).to(table.operand_dtype)
     b = torch.randn(columns, columns, device=device).to(table.operand_dtype)
     operations = 2 * rows * columns * columns
@@ -149,6 +154,21 @@ def _products(device: str, rows: int, columns: int) -> Iterator[Case]:
         operations,
         lambda: table.product(a, b, one, one, None, None, dtype),
     )
+    if target.native_fp4:
+        operands = *_packed(table, a), *_packed(table, b)
+        for title, product in NATIVE_PRODUCTS.items():
+            multiply = kernel_table(target, product).block_scaled_mm
+            assert multiply is not None, "what multiplies FP4 itself has one"
+            call = partial(multiply, *operands, None, None, dtype)
+            yield Case(f"FP4 product of packed operands: {title}", Ceiling.PRODUCT, operations, call)
+
+
+def _packed(table: KernelTable, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and amax of an operand as the FP4 tensor cores read it: quantised by the target's own kernels."""
+    seed = torch.tensor(0, device=x.device)
+    ((amax,),) = _computed(table, x, [], seed, (Output(Form.AMAX),))
+    ((codes, scales),) = _computed(table, x, [amax], seed, (replace(ROWS, layout=Layout.NATIVE),))
+    return codes, scales, amax
 
 
 def packed_bytes(rows: int, columns: int) -> int:
