@@ -145,19 +145,41 @@ def _layout(dtype: torch.dtype, matrix: Matrix) -> ctypes.c_void_p:
     return layout
 
 
+def _fuses(a: Place, b: Place, bias: Place | None, residual: Place | None) -> bool:
+    """Whether what there is of bias and residual is added before the rounding.
+
+    Where a size, or the distance of two rows, fills no whole 16 bytes cuBLASLt was seen to round first and to add then,
+    with CUDA 13, a quarter to a third of the results differing. M counts where `a` lies by columns, or something has a
+    row for each of M; with a bias alone, and `a` by rows, any M was right.
+    """
+    added = [x for x in (bias, residual) if x is not None]
+    if not added:
+        return True
+    of_a, of_b = _matrix(*a[:2]), _matrix(*b[:2])
+    if of_a is None or of_b is None:
+        return False
+    any_m = residual is None and not of_a.flipped
+    sizes = [a[0][-1], b[0][-2], *(() if any_m else (a[0][-2],))]
+    sizes += [step for matrix in (of_a, of_b) for step in (matrix.leading, matrix.offset)]
+    whole = all(size % VECTOR == 0 for size in sizes)
+    whole = whole and all(aligned % (2 * VECTOR) == 0 for _, _, aligned in (a, b, *added))
+    return whole and (bias is None or bias[:2] == (b[0][-2:-1], (1,)))
+
+
 @lru_cache(maxsize=PLANS_KEPT)
 def _plan(
     device: torch.device,
     a: Place,
     b: Place,
+    bias: Place | None,
     residual: Place | None,
     dtype: torch.dtype,
     out_dtype: torch.dtype,
-    bias: bool,
 ) -> Plan | None:
-    """bias: whether there is one. None where the library cannot do it."""
+    """None where the library cannot do it."""
     left, right = _matrix(*b[:2]), _matrix(*a[:2])
-    if library() is None or left is None or right is None or out_dtype not in TYPES or 0 in (*a[0], *b[0]):
+    able = library() is not None and out_dtype in TYPES and 0 not in (*a[0], *b[0]) and _fuses(a, b, bias, residual)
+    if left is None or right is None or not able:
         return None
     cublas = _library()
     description = ctypes.c_void_p()
@@ -167,7 +189,7 @@ def _plan(
     # By columns a contiguous [N, K] is [K, N]: cuBLAS's A is asked for as [N, K], its B as [K, M], and D is [N, M].
     _set(setter, description, TRANSPOSE_A, ctypes.c_int32(not left.flipped))
     _set(setter, description, TRANSPOSE_B, ctypes.c_int32(right.flipped))
-    if bias:
+    if bias is not None:
         _set(setter, description, EPILOGUE, ctypes.c_int32(EPILOGUE_BIAS))
     m, n = a[0][-2], b[0][-2]
     out = Matrix(n, m, n, left.count, m * n, False)
@@ -196,28 +218,6 @@ def _place(x: Tensor) -> Place:
     return x.shape, x.stride(), min(address & -address, ALIGNED)
 
 
-def _fuses(a: Tensor, b: Tensor, bias: Tensor | None, residual: Tensor | None, out_dtype: torch.dtype) -> bool:
-    """Whether what there is of bias and residual is added before the rounding.
-
-    Where a size, or the distance of two rows, fills no whole 16 bytes cuBLASLt was seen to round first and to add then,
-    with CUDA 13, a quarter to a third of the results differing. M counts where `a` lies by columns, or something has a
-    row for each of M; with a bias alone, and `a` by rows, any M was right.
-    """
-    added = [x for x in (bias, residual) if x is not None]
-    if not added:
-        return True
-    of_a, of_b = _matrix(a.shape, a.stride()), _matrix(b.shape, b.stride())
-    if of_a is None or of_b is None:
-        return False
-    any_m = residual is None and not of_a.flipped
-    sizes = [a.shape[-1], b.shape[-2], *(() if any_m else (a.shape[-2],))]
-    sizes += [step for matrix in (of_a, of_b) for step in (matrix.leading, matrix.offset)]
-    whole = all(size % VECTOR == 0 for size in sizes)
-    whole = whole and all(x.data_ptr() % (2 * VECTOR) == 0 for x in (a, b, *added))
-    vector = bias is None or (bias.shape == b.shape[-2:-1] and bias.stride(-1) == 1)
-    return whole and vector and all(x.dtype == out_dtype for x in added)
-
-
 def _by_rows(x: Tensor) -> Tensor:
     """A residual, or a copy of it, whose rows lie without gaps within, and each in whole vectors."""
     *steps, within = x.stride()
@@ -234,11 +234,11 @@ def product(
     third 1: what cuBLASLt multiplies a residual by that is not there, and one that is; bias: [N] in `out_dtype`;
     residual: [.., M, N] in `out_dtype`, only read. None where cuBLASLt cannot do it: the caller has another way.
     """
-    if not _fuses(a, b, bias, residual, out_dtype):
+    if any(term is not None and term.dtype != out_dtype for term in (bias, residual)):
         return None
     added = None if residual is None else _by_rows(residual)
-    place = None if added is None else _place(added)
-    plan = _plan(a.device, _place(a), _place(b), place, a.dtype, out_dtype, bias is not None)
+    terms = (None if term is None else _place(term) for term in (bias, added))
+    plan = _plan(a.device, _place(a), _place(b), *terms, a.dtype, out_dtype)
     if plan is None:
         return None
     out = a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=out_dtype)

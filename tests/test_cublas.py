@@ -231,4 +231,5 @@ def test_a_sum_in_parts_of_vectors_is_not(a: Tensor, b: Tensor, biased: bool, su
 
 def _fuses(a: Tensor, b: Tensor, biased: bool, summed: bool) -> bool:
     bias, residual = torch.zeros(b.shape[-2]), torch.zeros(*a.shape[:-1], b.shape[-2])
-    return cublas._fuses(a, b, bias if biased else None, residual if summed else None, torch.float32)
+    terms = bias if biased else None, residual if summed else None
+    return cublas._fuses(*(None if x is None else cublas._place(x) for x in (a, b, *terms)))
