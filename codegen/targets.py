@@ -105,8 +105,7 @@ def _gpu_table(target: Target, product: str) -> KernelTable:
         target=target.name,
         operand_dtype=torch.bfloat16,
         region=operations.REGION,
-        # What the cache of weights keeps is packed in the layout of the weight, and read dequantised.
-        weight=None if target.native_fp4 else cached_weight.WEIGHT,
+        weight=cached_weight.WEIGHT,
         dequantize=operations.dequantized,
         product=operations.PRODUCT,
         block_scaled_mm=block_scaled_mm,

@@ -49,7 +49,7 @@ def fused_graphs(task: Task, options: Options, target: str) -> list[Half]:
         if names.weights:
             options.plan.check_sites(names.weights)
         packed = TARGETS[target].native_fp4
-        joint = pipeline.joint(options.recipe, options.plan, names, packed, "off" if packed else options.weight_cache)
+        joint = pipeline.joint(options.recipe, options.plan, names, packed, options.weight_cache)
         halves = _Halves(target)
         patches = {"joint_custom_pre_pass": GraphPass("emit-joint", joint, key=None)}
         with functorch_config.patch(force_non_lazy_backward_lowering=True):

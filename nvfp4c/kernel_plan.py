@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -11,11 +11,10 @@ from torch import Tensor, fx
 from nvfp4c import cost
 from nvfp4c.dialect import BLOCK_SCALED_MM, PRODUCT, REGION, RESIDUAL, WEIGHT, arguments
 from nvfp4c.errors import OptionError, nearest
-from nvfp4c.formats import BLOCK
 from nvfp4c.fused_graphs import Half, fused_graphs, sites
 from nvfp4c.options import Options
 from nvfp4c.passes.absorb import FUSION, Fusion, Way
-from nvfp4c.region import Form, Output, Region
+from nvfp4c.region import Form, Output, Region, empty_outputs
 from nvfp4c.tasks import Task
 
 
@@ -92,12 +91,20 @@ def _sum_row(half: Half, node: fx.Node) -> KernelRow:
 
 
 def _weight_row(half: Half, node: fx.Node) -> KernelRow:
-    """A weight that nothing is remembered of yet: read for its amax, read again, packed to be kept, and made ready."""
-    weight = arguments(node)[0].meta["val"]
-    packed = cost.elements(weight) * (BLOCK // 2 + 1) / BLOCK
+    """A weight that nothing is remembered of yet: read for its amax, read again, packed to be kept, and made ready.
+
+    An operand is made ready on the way; packed codes are copied, and so read once more. What is packed along the other
+    axis of the weight finds its amax, and reads the weight but once: which comes first is not known here.
+    """
+    given, _, text, _ = arguments(node)
+    weight, outputs = given.meta["val"], Region.from_json(text).outputs
+    forms = {output.form for output in outputs}
+    packed = sum(cost.size(one) for one in empty_outputs(Region((replace(outputs[0], form=Form.PACKED),)), [weight]))
     moved = 2 * cost.size(weight) + packed + sum(cost.size(one) for one in node.meta["val"])
+    moved += packed if Form.PACKED in forms else 0
     bytes_moved = int(cost.at_example_sizes(moved, [weight]))
-    computes = "amax, packed and operand of a weight, once a version"
+    made = "amax, packed and operand" if Form.OPERAND in forms else "amax and packed"
+    computes = f"{made} by {outputs[0].axis.value} of a weight, once a version"
     return KernelRow(half.title, computes, (), (_shape(weight),), bytes_moved, sites(half, node), "", ())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from nvfp4c.dialect import (
 )
 from nvfp4c.errors import VerifyError
 from nvfp4c.formats import BLOCK, ROW_BLOCK, TILE_BLOCK, padded
-from nvfp4c.region import Output, Region
+from nvfp4c.region import Form, Layout, Output, Region, reduction
 from nvfp4c.scale_layout import swizzled_shape
 
 aten = torch.ops.aten
@@ -223,7 +224,7 @@ def _check_operand(
         raise _fail(node, stage, f"{side} codes and scales come from different quantisations")
     if maker is not None and maker.target is TRANSPOSE:
         maker = _maker(arguments(maker)[0])
-    if maker is not None and amax is not None and _amax_of(maker, codes) is not amax:
+    if maker is not None and amax is not None and not _is_amax_of(amax, maker, codes):
         raise _fail(node, stage, f"{side} operand was quantised with another amax")
     return maker
 
@@ -233,9 +234,11 @@ def _check_weight(node: fx.Node, stage: Stage) -> None:
     if weight.op != "placeholder":
         raise _fail(node, stage, f"%{weight.name} is no input of the graph, so what it holds has no version")
     outputs = Region.from_json(text).outputs
-    kinds = {(output.axis, output.block, output.rounding, output.signs, output.amax) for output in outputs}
+    kinds = {replace(output, form=Form.PACKED) for output in outputs}
     if len(kinds) != 1 or not all(output.quantised and not output.stochastic for output in outputs):
         raise _fail(node, stage, "a weight is quantised to nearest, and in one way")
+    if any(output.layout is Layout.NATIVE and not output.native for output in outputs):
+        raise _fail(node, stage, "an operand that is dequantised lies as its matrix does")
 
 
 CHECKS: dict[Target, Callable[[fx.Node, Stage], None]] = {
@@ -263,21 +266,35 @@ def _is_swizzled(codes: fx.Node, scales: fx.Node) -> bool:
 
 
 def _region_output(item: fx.Node) -> Output:
-    """The output that an item of a region belongs to."""
-    region, place = arguments(item)
-    outputs = Region.from_json(arguments(region)[3]).outputs
-    return [output for output in outputs for _ in range(output.tensors)][place]
+    """The output that an item of a region, or of a weight, belongs to. A weight gives its amax before them."""
+    made, place = arguments(item)
+    of_weight = made.target is WEIGHT
+    outputs = Region.from_json(arguments(made)[2 if of_weight else 3]).outputs
+    return [output for output in outputs for _ in range(output.tensors)][place - of_weight]
 
 
-def _amax_of(maker: fx.Node, codes: fx.Node) -> fx.Node:
-    """What codes were quantised with."""
+def _is_amax_of(amax: fx.Node, maker: fx.Node, codes: fx.Node) -> bool:
+    """Whether codes were quantised with an amax. All quantisations of one weight may share that of the first."""
+    if maker.target is WEIGHT:
+        return _weight_amax(amax) == (*arguments(maker)[:2], reduction(Region((_region_output(codes),))))
     given: Any = arguments(maker)[1]
-    amax: fx.Node = given[_region_output(codes).amax] if maker.target is REGION else given
-    return amax
+    return amax is (given[_region_output(codes).amax] if maker.target is REGION else given)
+
+
+def _weight_amax(amax: fx.Node) -> tuple[fx.Node, torch.dtype, Region] | None:
+    """Of which weight, cast to what, an amax is, and how it is reduced; None for that of anything else."""
+    maker = _maker(amax)
+    if maker is None or maker.target is not WEIGHT or arguments(amax)[1] != 0:
+        return None
+    weight, dtype, text, _ = arguments(maker)
+    return weight, dtype, reduction(Region.from_json(text))
 
 
 def _quantization(maker: fx.Node, codes: fx.Node) -> Quantization:
     """How codes were quantised, in the words of an assignment."""
+    if maker.target is WEIGHT:
+        output = _region_output(codes)
+        return Quantization(output.block, output.rounding, output.signs)
     if maker.target is REGION:
         output = _region_output(codes)
         return Quantization(output.block, output.rounding, output.signs or _rotation_signs(arguments(maker)[0][0]))

@@ -7,7 +7,8 @@ here, packed, until PyTorch says that the parameter has changed:
 - its memory has: another storage, place, shape or device, as after an assignment to `.data`.
 An edit through `.data`, or by code that PyTorch does not see, changes none of these. So a forward pass uses what an
 earlier one left only once an update of its parameter was seen, or any step of an optimizer: a training loop that
-updates through `.data` alone is never given an old weight. After single such edits, call `clear`.
+updates through `.data` alone is never given an old weight. Nor is the backward after it, which may ask for another form
+than the forward did: a forward that trusts nothing forgets all forms. After single such edits, call `clear`.
 """
 
 from __future__ import annotations
@@ -53,17 +54,18 @@ class Entry:
 
 @dataclass
 class Record:
-    """What is kept about one storage. first_version: of its parameter, when it was first seen."""
+    """What is kept about one storage, by parameter and kind. first_version: of its parameter, when first seen."""
 
     first_version: int
-    entries: dict[Hashable, Entry] = field(default_factory=dict)
+    entries: dict[Hashable, dict[Hashable, Entry]] = field(default_factory=dict)
 
 
 class WeightCache:
     """Entries by storage, which they die with, and by kind: one for each, of the state that was seen last.
 
     No tensor is referred to, not even weakly: `torch.utils.swap_tensors` would refuse it. Reading and writing need no
-    lock, for each is one operation on a dict; two threads may both quantise, and keep equal results.
+    lock, for each is one operation on a dict; two threads may both quantise, and keep equal results. What is kept while
+    another thread forgets may be forgotten too.
     """
 
     def __init__(self) -> None:
@@ -81,15 +83,28 @@ class WeightCache:
         return (id(parameter), parameter.data_ptr(), parameter._version, self._steps, stream)
 
     def find(self, parameter: Tensor, kind: Hashable, state: Hashable, sure: bool) -> Packed | None:
-        """What is kept of a parameter in this state. sure: also if no update of it was ever seen."""
-        record = self._records.get(parameter.untyped_storage())
-        entry = record.entries.get(_of(parameter, kind)) if record is not None else None
-        updated = self._updated or (record is not None and parameter._version > record.first_version)
-        if entry is not None and entry.state == state and (sure or updated):
+        """What is kept of a parameter in this state. sure: also if no update of it was ever seen.
+
+        Else all that is kept of it is forgotten: who is sure after this must only find what was made after this.
+        """
+        packed = self.peek(parameter, kind, state, sure)
+        if packed is not None:
             self._hits += 1
-            return entry.packed
+            return packed
         self._misses += 1
+        record = self._records.get(parameter.untyped_storage())
+        if record is not None and not (sure or self._was_updated(parameter, record)):
+            record.entries.pop(_of(parameter), None)
         return None
+
+    def peek(self, parameter: Tensor, kind: Hashable, state: Hashable, sure: bool) -> Packed | None:
+        """`find`, not counted."""
+        record = self._records.get(parameter.untyped_storage())
+        if record is None:
+            return None
+        entry = record.entries.get(_of(parameter), {}).get(kind)
+        trusted = sure or self._was_updated(parameter, record)
+        return entry.packed if entry is not None and entry.state == state and trusted else None
 
     def keep(self, parameter: Tensor, kind: Hashable, state: Hashable, packed: Packed) -> None:
         """Keep what was made of a parameter. state: as it was before that was made."""
@@ -97,7 +112,7 @@ class WeightCache:
         record = self._records.get(storage)
         if record is None:
             record = self._records[storage] = Record(parameter._version)
-        record.entries[_of(parameter, kind)] = Entry(state, packed)
+        record.entries.setdefault(_of(parameter), {})[kind] = Entry(state, packed)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -105,8 +120,13 @@ class WeightCache:
 
     def info(self) -> Info:
         records = list(self._records.data.values())  # a copy, for other threads may be at work
-        kept = [entry.packed for record in records for entry in list(record.entries.values())]
+        kinds = [entries for record in records for entries in list(record.entries.values())]
+        kept = [entry.packed for entries in kinds for entry in list(entries.values())]
         return Info(self._hits, self._misses, len(kept), sum(packed.bytes for packed in kept))
+
+    def _was_updated(self, parameter: Tensor, record: Record) -> bool:
+        """Whether updates of a parameter are seen at all: one was, or any step of an optimizer."""
+        return self._updated or parameter._version > record.first_version
 
     def after_step(self, *args: Any) -> None:
         """A hook of all optimizers. In code that Dynamo traces it only writes, so that no guard depends on it."""
@@ -114,9 +134,9 @@ class WeightCache:
         self._updated = True
 
 
-def _of(parameter: Tensor, kind: Hashable) -> Hashable:
+def _of(parameter: Tensor) -> Hashable:
     """A key within a storage, which several parameters may share."""
-    return (kind, parameter.storage_offset(), parameter.shape, parameter.stride(), parameter.dtype)
+    return (parameter.storage_offset(), parameter.shape, parameter.stride(), parameter.dtype)
 
 
 def cacheable(tensor: Tensor) -> bool:

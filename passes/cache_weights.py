@@ -11,23 +11,32 @@ becomes
     %a, %r = nvfp4.weight(%w, bf16, "operand tiles", False)
     %y = nvfp4.product(%x, %r, %xa, %a, None, None, bf16)
 
-and so where %w is cast first, as under autocast. Only inputs of the graph that the model holds are taken, as they are
-given: the memory of anything else may hold something new each time that it is read.
+and so where %w is cast first, as under autocast. Where products read packed operands (see `native`), each axis of a
+weight is an operation of its own:
+    %a, %c, %s = nvfp4.weight(%w, bf16, "packed tiles native", False)
+    %y = nvfp4.block_scaled_mm(%xc, %xs, %xa, %c, %s, %a, None, None, bf16)
+in the forward, and in the backward
+    %a, %c, %s = nvfp4.weight(%w, bf16, "packed columns tiles native", True)
+    %dx = nvfp4.block_scaled_mm(%dyc, %dys, %dya, %c, %s, %a, None, None, bf16)
+
+Only inputs of the graph that the model holds are taken, as they are given: the memory of anything else may hold
+something new each time that it is read.
 """
 
 from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from enum import Enum
 from itertools import chain, count
 
 import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from nvfp4c.dialect import QUANTIZE, REGION, WEIGHT, arguments
+from nvfp4c.dialect import BLOCK_SCALED_MM, DEQUANTIZE, QUANTIZE, REGION, SCALED_MM, TRANSPOSE, WEIGHT, arguments
 from nvfp4c.passes.graph_edit import backward_nodes, insert, swapped
 from nvfp4c.region import Form, Output, Region, reduction
 from nvfp4c.sites import ModelNames
@@ -35,7 +44,27 @@ from nvfp4c.sites import ModelNames
 CAST = torch.ops.prims.convert_element_type.default
 
 MARK = "nvfp4_weight"
-"""Written on an input that is a weight: whether its version is trusted before any update of it was seen."""
+"""Written on an input that is a weight: its `Trust`."""
+
+
+class Trust(Enum):
+    """Where the version of a weight is trusted before any update of it was seen.
+
+    BACKWARD: there, since the forward before it quantises the weight anew. A forward that only multiplies it as it is
+    does not, so its backward may find what an earlier one has left: NOWHERE.
+    """
+
+    NOWHERE = "nowhere"
+    BACKWARD = "backward"
+    EVERYWHERE = "everywhere"
+
+    def holds(self, backward: bool) -> bool:
+        """In a backward graph, or in any other."""
+        return self is Trust.EVERYWHERE or (self is Trust.BACKWARD and backward)
+
+
+PRODUCTS = (SCALED_MM, BLOCK_SCALED_MM, DEQUANTIZE)
+"""What multiplies a quantised weight."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +75,22 @@ class MarkWeights:
     inference: bool
 
     def __call__(self, graph: fx.Graph) -> fx.Graph:
-        training = bool(backward_nodes(graph))
-        if not training and not self.inference:
+        backward = backward_nodes(graph)
+        if not backward and not self.inference:
             return graph
         for position, node in enumerate(graph.find_nodes(op="placeholder")):
             if self.names.input_of(node, position).is_weight:
-                node.meta[MARK] = not training
+                node.meta[MARK] = Trust.NOWHERE if backward else Trust.EVERYWHERE
         for node in graph.find_nodes(op="call_function", target=QUANTIZE):
             matrix, amax, _, rounding = arguments(node)[:4]
             matrix = swapped(matrix) or matrix
-            if rounding == "nearest" and _weight(matrix) is not None:
+            weight = _weight(matrix)
+            if rounding == "nearest" and weight is not None:
                 for again in (matrix, amax, node):
                     if again.op == "call_function":
                         again.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+                if backward and any(reader not in backward for reader in _products(node)):
+                    weight.node.meta[MARK] = Trust.BACKWARD
         return graph
 
 
@@ -69,7 +101,7 @@ def cache_weights(graph: fx.Graph) -> fx.Graph:
     for node in graph.find_nodes(op="call_function", target=REGION):
         weight = _read(node)
         if weight is not None and _is_quantised(node, weight):
-            _replace(node, weight, backward or weight.node.meta[MARK], order)
+            _replace(node, weight, weight.node.meta[MARK].holds(backward), order)
     graph.eliminate_dead_code()
     return graph
 
@@ -80,6 +112,16 @@ class _Weight:
 
     node: fx.Node
     dtype: torch.dtype
+
+
+def _products(made: fx.Node) -> Iterator[fx.Node]:
+    """What multiplies a quantised weight, or a transpose of it."""
+    for item in made.users:
+        for reader in item.users:
+            if reader.target in PRODUCTS:
+                yield reader
+            elif reader.target is TRANSPOSE:
+                yield from _products(reader)
 
 
 def _weight(matrix: fx.Node) -> _Weight | None:

@@ -153,6 +153,12 @@ def packed_and_operand(axis: Axis, signs: tuple[int, ...] | None) -> dict[str, o
     return {"dtype": torch.bfloat16, "region": Region(outputs).to_json(), "sure": False}
 
 
+def packed_natively(axis: Axis) -> dict[str, object]:
+    """A weight as products that read it packed ask for it."""
+    outputs = (Output(Form.PACKED, axis, TILE_BLOCK, layout=Layout.NATIVE),)
+    return {"dtype": torch.bfloat16, "region": Region(outputs).to_json(), "sure": False}
+
+
 ROWS, TILES = {"block": [1, 16], "rounding": "nearest"}, {"block": [16, 16], "rounding": "nearest"}
 STOCHASTIC = {"block": [1, 16], "rounding": "stochastic", "stream": 3}
 CASES = {
@@ -184,6 +190,7 @@ CASES = {
     "region by columns, rotated": Case(dialect.REGION, of_region, every_output(Axis.COLUMNS, DEFAULT_SIGNS)),
     "weight by rows": Case(dialect.WEIGHT, of_weight, packed_and_operand(Axis.ROWS, None)),
     "weight by columns, rotated": Case(dialect.WEIGHT, of_weight, packed_and_operand(Axis.COLUMNS, DEFAULT_SIGNS)),
+    "weight by columns, native": Case(dialect.WEIGHT, of_weight, packed_natively(Axis.COLUMNS)),
     "product": Case(dialect.PRODUCT, of_product, {"bias": None, "residual": None, "out_dtype": torch.bfloat16}),
     "product with bias": Case(dialect.PRODUCT, of_product_and_bias, {"residual": None, "out_dtype": torch.float32}),
     "product with residual": Case(dialect.PRODUCT, of_product_and_residual, {"out_dtype": torch.bfloat16}),

@@ -19,7 +19,17 @@ pytest.importorskip("triton", reason="no triton for this system")
 from nvfp4c.backend import compile_graph
 from nvfp4c.cli import USER_ERROR, app
 from nvfp4c.codegen import operations, targets
-from nvfp4c.dialect import DEQUANTIZE, PRODUCT, REGION, WEIGHT, Stage, arguments, region_outputs, weight
+from nvfp4c.dialect import (
+    BLOCK_SCALED_MM,
+    DEQUANTIZE,
+    PRODUCT,
+    REGION,
+    WEIGHT,
+    Stage,
+    arguments,
+    region_outputs,
+    weight,
+)
 from nvfp4c.emission import NativeProduct, emit_task, programs, whole_folder
 from nvfp4c.errors import OptionError
 from nvfp4c.fused_graphs import fused_graphs
@@ -160,11 +170,17 @@ def launches(graph: fx.Graph) -> list[tuple[object, ...]]:
     return found
 
 
-def test_graphs_are_those_that_inductor_compiles(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training step through the backend, with the GPU's passes on a CPU: both graphs launch the same, in order."""
+@pytest.mark.parametrize(("target", "counts"), [("sm_90", [6, 8]), ("sm_100", [6, 7])])
+def test_graphs_are_those_that_inductor_compiles(
+    task: str, monkeypatch: pytest.MonkeyPatch, target: str, counts: list[int]
+) -> None:
+    """A training step through the backend, with the GPU's passes on a CPU: both graphs launch the same, in order.
+
+    Where products read packed operands, the backward unpacks nothing of what was saved.
+    """
     loaded, options = load_task(f"{task}:training"), parse({"recipe": "nvfp4-all"})
     _, loss = loaded.training()
-    table = targets.kernel_table(targets.TARGETS["sm_90"])
+    table = targets.kernel_table(targets.TARGETS[target])
     monkeypatch.setattr(targets, "kernel_table", lambda target, product: table)
     compiled: list[list[tuple[object, ...]]] = []
 
@@ -176,14 +192,15 @@ def test_graphs_are_those_that_inductor_compiles(task: str, monkeypatch: pytest.
         library.impl("region", region_outputs, "CPU")
         library.impl("weight", weight, "CPU")
         library.impl("product", PRODUCT, "CPU")
+        library.impl("block_scaled_mm", BLOCK_SCALED_MM, "CPU")
         # The step's numbers are not looked at: the fake makes empty tensors of the right sizes.
         library.impl("dequantize", operations._fake_dequantize, "CPU")
         torch._dynamo.reset()
         model = torch.compile(loaded.model, backend=lambda gm, given: compile_graph(gm, given, options, [observe]))
         loss(model, *loaded.example()).backward()
     torch._dynamo.reset()
-    assert [launches(half.graph) for half in fused_graphs(loaded, options, "sm_90")] == compiled
-    assert [len(half) for half in compiled] == [6, 8]
+    assert [launches(half.graph) for half in fused_graphs(loaded, options, target)] == compiled
+    assert [len(half) for half in compiled] == counts
     assert [sum(launch[0] is WEIGHT for launch in half) for half in compiled] == [2, 1]
 
 
@@ -211,6 +228,18 @@ def test_blackwell_multiplies_packed_operands(task: str, tmp_path: Path) -> None
         "packed columns 16x16 nearest native",
         "packed rows 1x16 stochastic native",
         "packed columns 1x16 stochastic rotated native",
+    }
+    uses = Counter(
+        (use["graph"], use["node"], *use["sites"])
+        for kernel in summary["kernels"]
+        for use in kernel["uses"]
+        if use["node"].startswith("weight")
+    )
+    # Of each weight an amax, and what is packed along one axis: nothing is unpacked.
+    assert uses == {
+        ("forward", "weight_default", "0 fprop"): 2,
+        ("forward", "weight_default_1", "1 fprop"): 2,
+        ("backward", "weight_default", "1 dgrad"): 2,
     }
     for kernel in summary["kernels"]:
         assert kernel["name"] in found.stdout

@@ -1,5 +1,7 @@
-"""What `explain --kernels` says of products that took over a sum. Of regions: `test_cli.py`, and what is weighed:
-`passes/test_absorb.py`."""
+"""What `explain --kernels` says of products that took over a sum, and of weights.
+
+Of regions: `test_cli.py`, and what is weighed: `passes/test_absorb.py`.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +52,7 @@ def test_a_sum_that_a_product_took_over(target: str, operands: tuple[str, str], 
     assert row.bytes == (40 + 32) * 32 * width + scales + 2 * 4 + 2 * 40 * 32 * 2
 
 
+<<<<<<< HEAD
 def test_a_sum_that_inductor_lays_open() -> None:
     """A copy and a factor of 1 stand between product and sum until Inductor's own passes have run."""
 
@@ -102,3 +105,36 @@ def test_what_is_shown_is_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> N
     task = Task("llama", model, [x], lambda model, batch: model(batch).float().sum())
     assert [text(half.graph) for half in fused_graphs(task, options, "sm_90")] == compiled
     assert len(compiled) == 2
+=======
+KEPT = 48 * 32 * 9 / 16
+"""Bytes of codes and scales of 48 x 32 elements, without padding."""
+
+NATIVE_SCALES = {"rows": 128 * 4, "columns": 128 * 4}
+"""Bytes of the one tile that the scales of 48 rows, or of 32 columns, take."""
+
+
+def weight_bytes(target: str, axis: str) -> float:
+    """Read for its amax and to be packed; what is kept, written; and what is made of that, with an amax."""
+    if target == "sm_90":
+        return 2 * 48 * 32 * 2 + KEPT + 48 * 32 * 2 + 4
+    kept = 48 * 32 / 2 + NATIVE_SCALES[axis]
+    return 2 * 48 * 32 * 2 + kept + 2 * kept + 4  # a copy is read and written
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_weights(target: str) -> None:
+    """Both graphs ask for it; where products read it packed, along one axis and along the other."""
+    model, x = nn.Linear(32, 48, bias=False).bfloat16(), torch.randn(40, 32).bfloat16().requires_grad_()
+    task = Task("layer", model, [x], lambda model, batch: model(batch).float().square().mean())
+    rows = [row for row in kernel_plan(task, parse({"recipe": "nvfp4-all"}), target) if "a weight" in row.computes]
+    native = target == "sm_100"
+    axes = ["rows", "columns" if native else "rows"]
+    made = "amax and packed" if native else "amax, packed and operand"
+    assert [str(row) for row in rows] == [
+        f"{made} by {axis} of a weight, once a version; reads bfloat16 [48, 32]" for axis in axes
+    ]
+    assert [(row.graph, row.sites) for row in rows] == [("forward", ("weight fprop",)), ("backward", ("weight dgrad",))]
+    assert [row.bytes for row in rows] == [weight_bytes(target, axis) for axis in axes]
+    off = kernel_plan(task, parse({"recipe": "nvfp4-all", "weight_cache": False}), target)
+    assert not any("a weight" in row.computes for row in off)
+>>>>>>> 18d487a (Weights once a step where products read packed operands; a backward never finds what an earlier step's left)

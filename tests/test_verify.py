@@ -34,11 +34,12 @@ from nvfp4c.dialect import (
     Stage,
 )
 from nvfp4c.errors import VerifyError
+from nvfp4c.passes.cache_weights import MARK, Trust, cache_weights
 from nvfp4c.passes.fuse import fuse
 from nvfp4c.passes.graph_edit import insert
 from nvfp4c.passes.native import native
 from nvfp4c.recipe import RECIPES, Recipe
-from nvfp4c.region import Axis, Form, Output, Region
+from nvfp4c.region import Axis, Form, Layout, Output, Region
 from nvfp4c.verify import ALLOWED, verify
 
 ALL = RECIPES["nvfp4-all"]
@@ -240,6 +241,32 @@ def weight_in_two_ways(graph: fx.Graph) -> fx.Node:
     return as_weight(fuse(graph), weight, (Output(Form.OPERAND), Output(Form.PACKED, Axis.COLUMNS)))
 
 
+def weight_in_two_layouts(graph: fx.Graph) -> fx.Node:
+    weight = graph.find_nodes(op="placeholder")[0]
+    return as_weight(fuse(graph), weight, (Output(Form.OPERAND), Output(Form.PACKED, layout=Layout.NATIVE)))
+
+
+def weight_dequantised_in_the_native_layout(graph: fx.Graph) -> fx.Node:
+    weight = graph.find_nodes(op="placeholder")[0]
+    return as_weight(fuse(graph), weight, (Output(Form.OPERAND, layout=Layout.NATIVE),))
+
+
+def amax_of_another_weight(graph: fx.Graph) -> fx.Node:
+    """A product of a remembered weight is given the amax of the same weight, cast to another type first."""
+    for node in graph.find_nodes(op="placeholder"):
+        node.meta[MARK] = Trust.NOWHERE
+    product = next(node for node in calls(cache_weights(graph), BLOCK_SCALED_MM) if made_by_weight(node.args[3]))
+    weight, _, text, sure = product.args[3].args[0].args
+    with graph.inserting_before(product):
+        other = insert(graph, WEIGHT, (weight, torch.float16, text, sure), product)
+        product.update_arg(5, insert(graph, operator.getitem, (other, 0), product))
+    return product
+
+
+def made_by_weight(item: fx.Node) -> bool:
+    return item.target is operator.getitem and item.args[0].target is WEIGHT
+
+
 def packed(damage: Callable[[fx.Graph], fx.Node]) -> Callable[[fx.Graph], fx.Node]:
     """Damage done to the fused graph of a target that multiplies packed operands."""
     return lambda graph: damage(fuse(native(graph)))
@@ -282,6 +309,13 @@ BROKEN = {
     ),
     "weight that is no input": Broken("place", weight_of_an_activation, "is no input", stage=Stage.FUSED),
     "weight quantised in two ways": Broken("place", weight_in_two_ways, "and in one way", stage=Stage.FUSED),
+    "weight in two layouts": Broken("place", weight_in_two_layouts, "and in one way", stage=Stage.FUSED),
+    "weight dequantised in the native layout": Broken(
+        "place", weight_dequantised_in_the_native_layout, "lies as its matrix does", stage=Stage.FUSED
+    ),
+    "amax of another weight": Broken(
+        "place", packed(amax_of_another_weight), "right operand was quantised with another amax", stage=Stage.FUSED
+    ),
     "argument by name": Broken("insert_scaling", by_name, "takes rounding by name"),
     "matmul not classified": Broken("classify", drop(aten.mm.default, MATMUL), "without a site and role"),
     "matmul not classified, later": Broken("assign", drop(aten.addmm.default, MATMUL), "without a site and role"),

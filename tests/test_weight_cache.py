@@ -204,6 +204,23 @@ def test_updates_that_nobody_sees() -> None:
     assert find(cache, p) is made, "an update was seen"
 
 
+def test_a_form_that_only_the_backward_asks_for() -> None:
+    """It is not the forward's, so no forward makes it anew: each forward that trusts nothing forgets it."""
+    storage = torch.randn(2, 16, 16)
+    cache, p, other = WeightCache(), nn.Parameter(storage.data[0]), nn.Parameter(storage.data[1])
+    for _ in range(3):
+        assert find(cache, p) is None
+        keep(cache, p)
+        beside = keep(cache, other)
+        assert find(cache, p, "columns", sure=True) is None
+        made = keep(cache, p, "columns")
+        assert find(cache, p, "columns", sure=True) is made
+        p.data -= 0.1
+    assert find(cache, p) is None
+    assert cache.info().entries == 1
+    assert find(cache, other, sure=True) is beside, "which shares no more than its storage"
+
+
 def test_clearing(cache: WeightCache) -> None:
     p = parameter()
     keep(cache, p)

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from interpreter import loops_run
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import nvfp4c
 from nvfp4c import backend, dialect
-from nvfp4c.codegen import cached_weight, operations, targets
+from nvfp4c.codegen import cached_weight, native_product, operations, targets
 from nvfp4c.codegen.cached_weight import WEIGHT
 from nvfp4c.codegen.targets import TARGETS
 from nvfp4c.formats import DEFAULT_SIGNS, ROW_BLOCK, TILE_BLOCK
-from nvfp4c.recipe import RECIPES
-from nvfp4c.region import Axis, Form, Output, Region
+from nvfp4c.recipe import RECIPES, Recipe
+from nvfp4c.region import Axis, Form, Layout, Output, Region, shapes
 from nvfp4c.weight_cache import CACHE, WeightCache
 
 TILES = Output(Form.OPERAND, block=TILE_BLOCK)
+NATIVE = Output(Form.PACKED, block=TILE_BLOCK, layout=Layout.NATIVE)
+NATIVE_DOWN = replace(NATIVE, axis=Axis.COLUMNS)
 KINDS = {
     "tiles": Region((TILES,)),
     "tiles down": Region((replace(TILES, axis=Axis.COLUMNS),)),
@@ -30,6 +34,10 @@ KINDS = {
     "rotated down": Region((Output(Form.OPERAND, Axis.COLUMNS, signs=DEFAULT_SIGNS),)),
     "packed": Region((replace(TILES, form=Form.PACKED),)),
     "both": Region((TILES, replace(TILES, form=Form.PACKED))),
+    "native": Region((NATIVE,)),
+    "native down": Region((NATIVE_DOWN,)),
+    "native rows": Region((replace(NATIVE, block=ROW_BLOCK),)),
+    "native rotated down": Region((replace(NATIVE_DOWN, block=ROW_BLOCK, signs=DEFAULT_SIGNS),)),
 }
 TEXT = KINDS["tiles"].to_json()
 
@@ -54,9 +62,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Region]:
     found: list[Region] = []
     original = cached_weight._quantised
 
-    def watched(matrix: Tensor, reduce: Region, quantise: Region) -> tuple[Tensor, list[Tensor]]:
+    def watched(matrix: Tensor, known: Tensor | None, reduce: Region, quantise: Region) -> tuple[Tensor, list[Tensor]]:
         found.append(quantise)
-        return original(matrix, reduce, quantise)
+        return original(matrix, known, reduce, quantise)
 
     monkeypatch.setattr(cached_weight, "_quantised", watched)
     return found
@@ -111,8 +119,59 @@ def test_first_and_second_time(
     assert len(launched) == 1
     info = cache.info()
     assert (info.hits, info.misses, info.entries) == (2, 1, 1)
-    whole = [-(-size // 16) * 16 for size in shape]
-    assert info.bytes <= torch.Size(whole).numel() * 9 // 16 + 4, "4.5 bits an element, and an amax"
+    kept = shapes(replace(region.outputs[0], form=Form.PACKED), shape, cast)
+    assert info.bytes == sum(math.prod(size) * kind.itemsize for size, kind in kept) + 4, "and an amax"
+    if not region.outputs[0].native:
+        whole = [-(-size // 16) * 16 for size in shape]
+        assert info.bytes <= torch.Size(whole).numel() * 9 // 16 + 4, "4.5 bits an element"
+
+
+@pytest.fixture
+def reduced(monkeypatch: pytest.MonkeyPatch) -> list[Region]:
+    """The amaxes that were really computed."""
+    found: list[Region] = []
+    original = operations.region
+
+    def watched(inputs: list[Tensor], amaxes: list[Tensor], seed: Tensor | None, text: str) -> list[Tensor]:
+        given = Region.from_json(text)
+        found.extend([given] if given.outputs[0].form is Form.AMAX else [])
+        return original(inputs, amaxes, seed, text)
+
+    monkeypatch.setattr(operations, "region", watched)
+    return found
+
+
+def test_both_axes_of_a_weight(
+    device: torch.device, cache: WeightCache, launched: list[Region], reduced: list[Region]
+) -> None:
+    """As the forward and the backward read it packed: each is kept as it is asked for, and the second finds an amax."""
+    w = parameter(device)
+    for update in (1, 2):
+        for _ in range(2):
+            check(w, text=Region((NATIVE,)).to_json())
+            check(w, text=Region((NATIVE_DOWN,)).to_json(), sure=True)
+        assert (len(launched), len(reduced)) == (2 * update, update)
+        assert cache.info().entries == 2
+        add(w)
+
+
+def test_an_amax_that_says_nothing_of_another(
+    device: torch.device, cache: WeightCache, launched: list[Region], reduced: list[Region]
+) -> None:
+    """After a cast to another type, along another axis of a rotated matrix, or of a state that is not trusted."""
+    w = parameter(device)
+    check(w, torch.float32, Region((NATIVE,)).to_json())
+    check(w, torch.bfloat16, Region((NATIVE_DOWN,)).to_json())
+    rotated = replace(NATIVE, block=ROW_BLOCK, signs=DEFAULT_SIGNS)
+    check(w, text=Region((rotated,)).to_json())
+    check(w, text=Region((replace(rotated, axis=Axis.COLUMNS),)).to_json())
+    assert len(reduced) == len(launched) == 4
+    cache.clear()
+    cache._updated = False
+    check(w, text=Region((NATIVE,)).to_json())
+    w.data.mul_(3)
+    check(w, text=Region((NATIVE_DOWN,)).to_json())
+    assert len(reduced) == len(launched) == 6
 
 
 def add(p: nn.Parameter) -> None:
@@ -214,10 +273,29 @@ PARAMETERS = 3
 MICRO_BATCHES = 3
 
 
+PRODUCTS = [
+    "sm_90",
+    pytest.param(
+        "sm_100",
+        marks=pytest.mark.skipif(not loops_run(), reason="this Triton's interpreter cannot loop with this NumPy"),
+    ),
+]
+"""Targets of which the first dequantises what its products read, and the second does not."""
+
+
+@pytest.fixture(params=PRODUCTS)
+def target(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-def gpu_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernels that are tested, which are a GPU's in the interpreter too; and no graph that was compiled before."""
-    table = targets.kernel_table(TARGETS["sm_90"] if operations.INTERPRETED else targets.resolve("auto", device))
+def gpu_kernels(target: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels that are tested, which are a GPU's in the interpreter too; and no graph that was compiled before.
+
+    A GPU that has no FP4 tensor cores runs those of sm_100 with their one instruction emulated, one that has them its
+    own: what they are compiled for follows from the GPU.
+    """
+    table = targets.kernel_table(TARGETS[target])
     monkeypatch.setattr(targets, "kernel_table", lambda target, product: table)
     monkeypatch.setattr(backend.GraphPass, "uuid", lambda self: None)
     monkeypatch.setattr(cached_weight, "CACHE", CACHE)
@@ -248,16 +326,44 @@ def train(device: torch.device, autocast: bool, weight_cache: object) -> list[Te
     return found
 
 
+@pytest.fixture
+def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of what products of packed operands gave."""
+    found: list[torch.Size] = []
+    original = native_product.block_scaled_gemm.block_scaled_mm
+
+    def watched(*args: object) -> Tensor:
+        result: Tensor = original(*args)  # type: ignore[arg-type]
+        found.append(result.shape)
+        return result
+
+    monkeypatch.setattr(native_product.block_scaled_gemm, "block_scaled_mm", watched)
+    return found
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.usefixtures("gpu_kernels")
-def test_accumulated_gradients(device: torch.device, launched: list[Region], autocast: bool) -> None:
-    """Every weight is quantised once a step, for all micro-batches, both directions and both of its layers."""
+def test_accumulated_gradients(
+    device: torch.device,
+    launched: list[Region],
+    reduced: list[Region],
+    multiplied: list[torch.Size],
+    target: str,
+    autocast: bool,
+) -> None:
+    """Every weight is quantised once a step, for all micro-batches, both directions and both of its layers.
+
+    Once along each axis where products read it packed; its amax is taken once.
+    """
     nvfp4c.clear_weight_cache()
     CACHE.after_step()  # some optimizer has made a step: forwards trust what is kept only then
     before = CACHE.info()
     found = train(device, autocast, True)
     after = CACHE.info()
-    assert len(launched) == after.misses - before.misses == 2 * PARAMETERS
+    native = TARGETS[target].native_fp4
+    assert len(launched) == after.misses - before.misses == 2 * PARAMETERS * (2 if native else 1)
+    assert len(reduced) == 2 * PARAMETERS
+    assert {output.native for region in launched for output in region.outputs} == {native} == {bool(multiplied)}
     assert after.hits > 2 * (MICRO_BATCHES - 1) * PARAMETERS
     assert after.entries == 0, "the model is gone"
     torch._dynamo.reset()
@@ -268,7 +374,7 @@ def test_accumulated_gradients(device: torch.device, launched: list[Region], aut
 
 @pytest.mark.usefixtures("gpu_kernels")
 def test_updates_through_data_alone(
-    device: torch.device, launched: list[Region], monkeypatch: pytest.MonkeyPatch
+    device: torch.device, launched: list[Region], reduced: list[Region], target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loop without an optimizer, and without a new version: each forward quantises, and only backwards do not."""
     monkeypatch.setattr(cached_weight, "CACHE", WeightCache())
@@ -281,9 +387,35 @@ def test_updates_through_data_alone(
         output.sum().backward()
         model.weight.data -= 0.5 * model.weight.grad
         outputs.append(output.detach().clone())
-    assert len(launched) == 3
+    assert len(reduced) == 3, "a backward trusts what its own forward has left"
+    assert len(launched) == 3 * (2 if TARGETS[target].native_fp4 else 1)
     assert not torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[1], outputs[2])
+
+
+FORMS = {
+    "blocks of rows": replace(RECIPE, weight_block=ROW_BLOCK),
+    "data gradients alone": replace(RECIPE, roles=("dgrad",)),
+}
+
+
+@pytest.mark.parametrize("recipe", FORMS.values(), ids=FORMS)
+@pytest.mark.usefixtures("gpu_kernels")
+def test_forms_that_only_the_backward_reads(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
+) -> None:
+    """Of a weight that is updated through `.data` alone they are never an earlier step's."""
+    monkeypatch.setattr(cached_weight, "CACHE", WeightCache())
+    model = nn.Linear(32, 32, bias=False).to(device)
+    compiled = torch.compile(model, backend="nvfp4", options={"recipe": recipe})
+    gradients = []
+    for _ in range(2):
+        x = torch.ones(16, 32, device=device, requires_grad=True)
+        compiled(x).sum().backward()
+        assert x.grad is not None
+        gradients.append(x.grad)
+        model.weight.data *= 2
+    assert torch.equal(gradients[1], 2 * gradients[0]), "a power of two passes through quantisation"
 
 
 @pytest.mark.parametrize(("weight_cache", "misses"), [("training", 0), ("always", 1), ("off", 0)])
