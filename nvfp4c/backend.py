@@ -20,10 +20,11 @@ import torch
 from torch import fx
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner, fake_tensor_prop
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.exc import InvalidCxxCompiler
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from nvfp4c import debug, pipeline
 from nvfp4c import options as option_parsing
@@ -122,6 +123,7 @@ def lowered_first(lower: Callable[[fx.Graph], object]) -> Callable[..., Any]:
 
     def compile_one(gm: fx.GraphModule, example_inputs: Sequence[Any], **how: Any) -> Any:
         with no_collection():
+            trace_as_given(gm, example_inputs)
             for module in gm.modules():
                 if isinstance(module, fx.GraphModule):
                     lower(module.graph)
@@ -129,6 +131,17 @@ def lowered_first(lower: Callable[[fx.Graph], object]) -> Callable[..., Any]:
             return compile_fx_inner(gm, example_inputs, **how)
 
     return compile_one
+
+
+def trace_as_given(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Work out the values of a graph for its inputs, if any of these lies otherwise in memory than when it was traced:
+    Inductor may have chosen other strides for what a forward saves."""
+    traced = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
+    for before, given in zip(traced, example_inputs, strict=True):
+        both = isinstance(before, torch.Tensor) and isinstance(given, torch.Tensor)
+        if both and not statically_known_true(sym_eq(before.stride(), given.stride())):
+            fake_tensor_prop(gm, example_inputs)
+            return
 
 
 def device_of(inputs: Iterable[object]) -> torch.device:

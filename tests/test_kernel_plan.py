@@ -52,7 +52,6 @@ def test_a_sum_that_a_product_took_over(target: str, operands: tuple[str, str], 
     assert row.bytes == (40 + 32) * 32 * width + scales + 2 * 4 + 2 * 40 * 32 * 2
 
 
-<<<<<<< HEAD
 def test_a_sum_that_inductor_lays_open() -> None:
     """A copy and a factor of 1 stand between product and sum until Inductor's own passes have run."""
 
@@ -105,7 +104,8 @@ def test_what_is_shown_is_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> N
     task = Task("llama", model, [x], lambda model, batch: model(batch).float().sum())
     assert [text(half.graph) for half in fused_graphs(task, options, "sm_90")] == compiled
     assert len(compiled) == 2
-=======
+
+
 KEPT = 48 * 32 * 9 / 16
 """Bytes of codes and scales of 48 x 32 elements, without padding."""
 
@@ -137,4 +137,3 @@ def test_weights(target: str) -> None:
     assert [row.bytes for row in rows] == [weight_bytes(target, axis) for axis in axes]
     off = kernel_plan(task, parse({"recipe": "nvfp4-all", "weight_cache": False}), target)
     assert not any("a weight" in row.computes for row in off)
->>>>>>> 18d487a (Weights once a step where products read packed operands; a backward never finds what an earlier step's left)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from inside import KernelCall, Mlp, Reference, Watched, check_kernels
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import nvfp4c
+from nvfp4c import backend
 from nvfp4c.recipe import RECIPES
 
 pytestmark = pytest.mark.usefixtures("eager_kernels")
@@ -261,3 +262,35 @@ def test_graph_breaks(kernel_calls: list[KernelCall]) -> None:
         ("second.up", "wgrad"): "plan: second.up",
         ("first.down", "wgrad"): "plan: first.down",
     }
+
+
+def test_passes_see_tensors_as_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor gives the result of a convolution other strides than it had when the backward was traced."""
+    changed: list[bool] = []
+
+    def recorded(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        before = [value.stride() for value in values(gm)]
+        trace_as_given(gm, inputs)
+        changed.append([value.stride() for value in values(gm)] != before)
+        given = [x for x in inputs if isinstance(x, Tensor)]
+        assert [value.stride() for value in values(gm)] == [x.stride() for x in given]
+
+    def values(gm: fx.GraphModule) -> list[Tensor]:
+        found = (node.meta["val"] for node in gm.graph.find_nodes(op="placeholder"))
+        return [value for value in found if isinstance(value, Tensor)]
+
+    class Pixels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.linear = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.convolution(x).relu().permute(0, 2, 3, 1).reshape(-1, 16)).square().mean()
+
+    trace_as_given = backend.trace_as_given
+    monkeypatch.setattr(backend, "trace_as_given", recorded)
+    torch.manual_seed(0)
+    model = Pixels()
+    torch.compile(model, backend="nvfp4", options=ALL)(torch.randn(2, 3, 8, 8)).backward()
+    assert changed == [False, True]
+    assert model.linear.weight.grad is not None and model.linear.weight.grad.isfinite().all()
