@@ -103,12 +103,32 @@ def observed(model: nn.Module, recipe: Recipe, watcher: Observer) -> Callable[..
     return _compiled(model, recipe, watcher, lambda session: Observe(OBSERVE, session))
 
 
+aten = torch.ops.aten
+
+WHOLE = frozenset(
+    {
+        aten._to_copy.default,
+        aten.gelu.default,
+        aten.gelu_backward.default,
+        aten.silu.default,
+        aten.silu_backward.default,
+        aten.native_layer_norm.default,
+        aten.native_layer_norm_backward.default,
+        aten.native_group_norm.default,
+        aten.native_group_norm_backward.default,
+        aten._softmax.default,
+        aten._softmax_backward_data.default,
+        aten._log_softmax.default,
+        aten._log_softmax_backward_data.default,
+        aten.embedding_dense_backward.default,
+    }
+)
+"""Operations that stay whole. Run uncompiled, what they would become takes several times as long."""
+
 DECOMPOSITIONS = {
-    operation: function
-    for operation, function in select_decomp_table().items()
-    if operation is not torch.ops.aten._to_copy.default
+    operation: function for operation, function in select_decomp_table().items() if operation not in WHOLE
 }
-"""Inductor's, but for casts: run uncompiled, the operation that they become takes a hundred times as long."""
+"""Inductor's, but for those."""
 
 ISOLATED: dict[str, Any] = (
     {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
