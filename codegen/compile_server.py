@@ -31,6 +31,9 @@ DONE = b"1"
 IDLE = 120
 """Seconds without a request after which the process ends."""
 
+LONGEST = 300
+"""Seconds that a child may take, and that its answer is waited for: far more than a kernel takes."""
+
 
 class AbsentGpu:
     """What Triton asks of a driver before it compiles."""
@@ -70,6 +73,7 @@ def answer(connection: socket.socket) -> None:
     """What a child does. It does not return."""
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the assembler is a child whose end matters
+        signal.alarm(LONGEST)
         with connection.makefile("rb") as request:
             compile_all(json.loads(request.read()))
         connection.sendall(DONE)
@@ -79,6 +83,7 @@ def answer(connection: socket.socket) -> None:
 
 def compile_all(asked: Mapping[str, Any]) -> None:
     """Compile what `compiling.compile_apart` describes. Tensors are taken to be aligned, as in `Launch.warm_up`."""
+    os.environ.clear()
     os.environ.update(asked["environment"])
     triton.runtime.cache.triton_key = lambda: asked["triton_key"]
     driver.set_active(AbsentGpu(GPUTarget(*asked["target"])))
@@ -107,8 +112,8 @@ def leave_out_pytorch() -> None:
     sys.modules["torch"] = absent
 
 
-if __name__ == "__main__":
+def main(control: str) -> None:
+    """control: the number of the file that connections come over."""
     leave_out_pytorch()
-    import nvfp4c.codegen.kernels  # noqa: F401  (before the first fork, so that no child has to)
-
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    import_module("nvfp4c.codegen.kernels")  # before the first fork, so that no child has to
+    serve(socket.socket(fileno=int(control)))

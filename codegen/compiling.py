@@ -10,8 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any
 
 from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
@@ -21,10 +20,9 @@ from triton.runtime import driver
 from triton.runtime.cache import triton_key
 
 from nvfp4c.codegen import compile_server
-from nvfp4c.codegen.compile_server import DONE
+from nvfp4c.codegen.compile_server import DONE, LONGEST
 
-LONGEST = 300
-"""Seconds that an answer is waited for: far more than a kernel takes."""
+SERVER = compile_server.__name__
 
 
 @dataclass(frozen=True)
@@ -45,41 +43,41 @@ class Job:
 
 
 def start() -> None:
-    """Start the server, if that has not been done: it takes a moment, so before there is anything to compile."""
-    with _lock, suppress(OSError):  # whoever needs it finds out
-        _server()
+    """Start the server, if none runs: it takes a moment, so before there is anything to compile."""
+    with _lock, suppress(Exception):  # whoever needs it finds out
+        _running()
 
 
-def compile_apart(jobs: Sequence[Job], device: int = 0) -> bool:
-    """Compile for the current GPU, number `device`, in another process, and wait for it. False where it came to
+def settle(device: int) -> None:
+    """Decide on the assembler and the cache as Inductor will when it compiles kernels of its own for this GPU: what is
+    compiled before would not be found after. For the thread that compiles graphs, as the environment changes."""
+    os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device))
+    before = os.environ.get("TRITON_PTXAS_PATH")
+    _set_triton_ptxas_path()
+    if os.environ.get("TRITON_PTXAS_PATH") != before:
+        get_ptxas_version.cache_clear()  # it may know another's, which Triton would keep to
+
+
+def compile_apart(jobs: Sequence[Job]) -> bool:
+    """Compile for the current GPU in another process, and wait for it; `settle` comes before. False where it came to
     nothing, whatever the reason: compiling here shows it."""
-    with _lock:
-        settle(device)
-    target = driver.active.get_current_target()
-    asked = {
-        "target": (target.backend, target.arch, target.warp_size),
-        "environment": dict(os.environ),
-        "triton_key": triton_key(),
-        "jobs": [asdict(job) for job in jobs],
-    }
     try:
+        with _lock:
+            triton_key()  # a hash of Triton's files, half a second's work: by one thread
+        target = driver.active.get_current_target()
+        asked = {
+            "target": (target.backend, target.arch, target.warp_size),
+            "environment": dict(os.environ),
+            "triton_key": triton_key(),
+            "jobs": [asdict(job) for job in jobs],
+        }
         with connect() as connection:
             connection.settimeout(LONGEST)
             connection.sendall(json.dumps(asked).encode())
             connection.shutdown(socket.SHUT_WR)
             return connection.recv(len(DONE)) == DONE
-    except OSError:
+    except Exception:
         return False
-
-
-@cache
-def settle(device: int) -> None:
-    """Decide on the assembler and the cache as Inductor will when it compiles kernels of its own: what is compiled
-    before would not be found after."""
-    os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device))
-    _set_triton_ptxas_path()
-    get_ptxas_version.cache_clear()  # it may know another's, which Triton would keep to
-    triton_key()  # a hash of Triton's files, half a second's work: once
 
 
 def connect() -> socket.socket:
@@ -88,14 +86,10 @@ def connect() -> socket.socket:
     ours, theirs = socket.socketpair()
     with theirs, _lock:
         try:
-            socket.send_fds(_server().control, [b"!"], [theirs.fileno()])
-        except ConnectionError:  # it has ended
-            _server.cache_clear()
-            socket.send_fds(_server().control, [b"!"], [theirs.fileno()])
+            socket.send_fds(_running().control, [b"!"], [theirs.fileno()])
+        except ConnectionError:  # it has just ended
+            socket.send_fds(_started().control, [b"!"], [theirs.fileno()])
     return ours
-
-
-_lock = Lock()
 
 
 @dataclass(frozen=True)
@@ -106,18 +100,41 @@ class Server:
     control: socket.socket
 
 
-@cache
-def _server() -> Server:
+_lock = Lock()
+_servers: list[Server] = []
+"""The one that was started last, if any."""
+
+
+def _running() -> Server:
+    return _servers[0] if _servers and _servers[0].process.poll() is None else _started()
+
+
+def _started() -> Server:
     if not hasattr(os, "fork"):
         raise OSError("this system cannot fork")
+    forget()
+    paths = [path for path in sys.path if isinstance(path, str)]
+    script = f"import sys; sys.path[:] = sys.argv[2:]; import {SERVER}; {SERVER}.main(sys.argv[1])"
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-m", compile_server.__name__, str(theirs.fileno())],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"},
+            [sys.executable, "-c", script, str(theirs.fileno()), *paths],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
         )
-    return Server(process, ours)
+    Thread(target=process.wait, daemon=True).start()  # or it would stay, ended, in the table of processes
+    _servers.append(Server(process, ours))
+    return _servers[0]
+
+
+def forget() -> None:
+    """Let go of the server: it ends, unless another process holds on to it too. For forked processes as well, which
+    would keep their parent's."""
+    while _servers:
+        _servers.pop().control.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=forget)

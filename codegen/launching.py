@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import triton
@@ -103,16 +104,16 @@ def compile_ahead(launches: Sequence[Launch], device: torch.device) -> None:
     by_kernel: dict[Any, list[Launch]] = {}
     for launch in launches:
         by_kernel.setdefault(launch.kernel, []).append(launch)
+    compiling.settle(device.index or 0)
     for kernel, alike in by_kernel.items():
         apart = _apart() and kernel not in _met
-        _met.add(kernel)
         _under_way.setdefault(kernel, []).append(_pool().submit(_warm_up, alike, device, apart))
 
 
 def _warm_up(launches: Sequence[Launch], device: torch.device, apart: bool) -> None:
     with torch.cuda.device(device):  # of this thread
-        if apart:
-            compile_apart([launch.job for launch in launches], device.index or 0)  # where that fails, it compiles here
+        if apart and compile_apart([launch.job for launch in launches]):  # where that fails, it compiles here
+            _met.add(launches[0].kernel)
         for launch in launches:
             launch.warm_up()
 
@@ -121,8 +122,8 @@ _under_way: dict[Any, list[Future[None]]] = {}
 """Compiling of kernels that has been started and not yet waited for."""
 
 
-_met: set[Any] = set()
-"""Kernels that have been compiled ahead."""
+_met: WeakSet[Any] = WeakSet()
+"""Kernels that another process has compiled: other forms of them are mostly the same, and compile here."""
 
 
 @cache

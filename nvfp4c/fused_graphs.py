@@ -40,7 +40,8 @@ def fused_graphs(task: Task, options: Options, target: str) -> list[Half]:
     """The forward and backward graphs of a task as they are before the target's operations replace the dialect's.
 
     They come out of Inductor's `compile_fx`, as in the backend: its own passes change what there is to fuse. The task
-    itself runs uncompiled.
+    itself runs uncompiled. What a forward saves is taken to lie in memory as it was traced: a compiled one may choose
+    other strides, as for convolutions.
     """
     found: list[_Halves] = []
 

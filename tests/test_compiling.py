@@ -43,7 +43,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ASSEMBLERS:  # what is decided on here is forgotten after the test
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    compiling.settle.cache_clear()
     before = driver._active
     driver.set_active(AbsentGpu(TARGET))
     yield tmp_path
@@ -53,9 +52,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def _no_server() -> Iterator[None]:
     """None runs; one that the test starts ends with it."""
-    compiling._server.cache_clear()
+    compiling.forget()
     yield
-    compiling._server.cache_clear()
+    compiling.forget()
 
 
 def region_launch(region: Region, columns: int, dtype: torch.dtype) -> Launch:
@@ -107,6 +106,7 @@ def test_the_assembler_is_the_one_that_inductor_takes(
 
     monkeypatch.setattr(compiling, "_set_triton_ptxas_path", take)
     launch = region_launch(REGION, 160, torch.bfloat16)
+    compiling.settle(0)
     assert compile_apart([launch.job])
     there = compiled(cache)
     compile_here(launch)
@@ -137,11 +137,11 @@ def test_an_answer_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatc
 def test_a_server_that_has_ended_is_started_again() -> None:
     job = operations.product_factors(DEVICE).job
     assert compile_apart([job])
-    first = compiling._server()
+    first = compiling._servers[0]
     first.process.kill()
     first.process.wait()
     assert compile_apart([job])
-    assert compiling._server().process.pid != first.process.pid
+    assert compiling._servers[0].process.pid != first.process.pid
     assert compile_apart([job])
 
 
@@ -165,9 +165,9 @@ def test_the_server_ends_with_who_started_it() -> None:
     script = (
         "from nvfp4c.codegen import compiling\n"
         "with compiling.connect(): pass\n"
-        "print(compiling._server().process.pid, flush=True)\n"
+        "print(compiling._servers[0].process.pid, flush=True)\n"
     )
-    found = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
+    found = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True)
     pid = int(found.stdout)
     deadline = time.monotonic() + 60
     while running(pid) and time.monotonic() < deadline:
@@ -194,7 +194,7 @@ def test_a_server_that_nobody_asks_ends(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_server_does_without_pytorch(cache: Path) -> None:
     """Importing it would take a child longer than compiling does."""
     asked = {
-        "environment": {"TRITON_CACHE_DIR": str(cache)},
+        "environment": {**os.environ, "TRITON_CACHE_DIR": str(cache)},
         "triton_key": "any",
         "target": (TARGET.backend, TARGET.arch, TARGET.warp_size),
         "jobs": [asdict(operations.product_factors(DEVICE).job)],
@@ -218,9 +218,43 @@ compile_server.compile_all({asked!r})
 @pytest.mark.usefixtures("_no_server")
 def test_a_server_can_be_started_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     compiling.start()
-    pid = compiling._server().process.pid
+    pid = compiling._servers[0].process.pid
     assert compile_apart([operations.product_factors(DEVICE).job])
-    assert compiling._server().process.pid == pid
-    compiling._server.cache_clear()
+    assert compiling._servers[0].process.pid == pid
+    compiling.forget()
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     compiling.start()
+
+
+@pytest.mark.usefixtures("_no_server")
+def test_a_forked_process_lets_go_of_the_server() -> None:
+    """A worker that loads data would else keep it alive after the process that trains has ended."""
+    compiling.start()
+    (server,) = compiling._servers
+    pid = os.fork()
+    if pid == 0:
+        os._exit(len(compiling._servers))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert compiling._servers == [server]
+    assert compile_apart([operations.product_factors(DEVICE).job])
+
+
+@pytest.mark.usefixtures("_no_server")
+def test_nothing_is_left_of_a_server_that_ended() -> None:
+    """No dead process that a program which waits for any child of its own would find."""
+    compiling.start()
+    pid = compiling._servers[0].process.pid
+    compiling.forget()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.usefixtures("_no_server")
+def test_paths_that_python_ignores_and_the_folder_it_runs_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what this process would import from is where the server imports from."""
+    (tmp_path / "json.py").write_text("raise AssertionError")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [tmp_path, *(path for path in sys.path if path)])
+    assert compile_apart([operations.product_factors(DEVICE).job])

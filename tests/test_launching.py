@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -65,7 +66,8 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(launching, "INTERPRETED", False)
     monkeypatch.setattr(launching, "_under_way", {})
-    monkeypatch.setattr(launching, "_met", set())
+    monkeypatch.setattr(launching, "_met", WeakSet())
+    monkeypatch.setattr(launching.compiling, "settle", lambda device: None)
     monkeypatch.setattr(launching, "get_compile_threads", lambda: 2)
     launching._pool.cache_clear()
 
@@ -75,7 +77,7 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """What another process was asked to compile."""
     asked: list[Job] = []
 
-    def compile_apart(jobs: Sequence[Job], device: int) -> bool:
+    def compile_apart(jobs: Sequence[Job]) -> bool:
         asked.extend(jobs)
         return True
 

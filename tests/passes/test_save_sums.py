@@ -6,6 +6,7 @@ import pytest
 import torch
 from graphs import aten, captured, copied, example_inputs, partitioned, run, run_step, run_until, same_bits
 from torch import Tensor, fx, nn
+from torch._functorch import config
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from nvfp4c.dialect import BLOCK_SCALED_MM, PRODUCT, RESIDUAL, Stage, arguments
@@ -109,3 +110,11 @@ def test_what_stays_as_it_is(model: nn.Module, train: bool) -> None:
     run_step(graph, STEP, Stage.SCALED)
     assert [node.meta.get("recompute") for node in graph.nodes] == tags
     assert not tagged(graph)
+
+
+def test_a_budget_of_memory_is_the_users() -> None:
+    """What is tagged would be saved whatever the budget."""
+    graph = joint(Blocks())
+    with config.patch(activation_memory_budget=0.5):
+        assert tagged(save_sums(graph)) == []
+    assert tagged(save_sums(graph))
