@@ -63,12 +63,12 @@ def compile_apart(jobs: Sequence[Job]) -> bool:
     nothing, whatever the reason: compiling here shows it."""
     try:
         with _lock:
-            triton_key()  # a hash of Triton's files, half a second's work: by one thread
+            key = triton_key()  # a hash of Triton's files, half a second's work: by one thread
         target = driver.active.get_current_target()
         asked = {
             "target": (target.backend, target.arch, target.warp_size),
             "environment": dict(os.environ),
-            "triton_key": triton_key(),
+            "triton_key": key,
             "jobs": [asdict(job) for job in jobs],
         }
         with connect() as connection:

@@ -74,7 +74,7 @@ def product(
 
 def _hadamard(x: Tensor, signs: Sequence[int]) -> Tensor:
     if x.numel() and x.stride(-1) != 1 and x.mT.is_contiguous() and x.shape[-1] % BLOCK == 0:
-        return cpu_blocks.rotated(x, tuple(signs))
+        return cpu_blocks.rotated(x, signs)
     return compiled(_rotated, _kind(x, (signs,)))(x, signs)
 
 

@@ -7,6 +7,8 @@ divided, which would take longer than all the arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +19,10 @@ from nvfp4c.formats import BLOCK, E2M1_MAX, TILE_BLOCK, padded
 
 
 def operand(x: Tensor, amax: Tensor, block: tuple[int, int], seed: Tensor | None, stream: int) -> Tensor:
-    """numerics.block_rounded: float32 [.., M, K], in memory as x [.., M, K] is. seed: None to round to nearest."""
+    """numerics.block_values of numerics.block_codes, with no codes between: float32 [.., M, K], in memory as x is.
+
+    seed: of stochastic rounding; None to round to nearest.
+    """
     down = x.stride(-1) != 1
     if not x.numel():
         return torch.empty_like(x, dtype=torch.float32)
@@ -103,13 +108,13 @@ def _random_words(seed: Tensor, stream: Tensor, blocks: int) -> Tensor:
     return torch.stack(philox.random_words(seed, stream, blocks), dim=-1).to(torch.int32)
 
 
-def rotated(x: Tensor, signs: tuple[int, ...]) -> Tensor:
+def rotated(x: Tensor, signs: Sequence[int]) -> Tensor:
     """numerics.rotate of x [.., M, K] with K whole blocks, whose transpose is without gaps; so is the result's."""
     blocks = x.mT.reshape(-1, BLOCK, x.shape[-2])
-    kind = blocks.dtype, signs, tuple(min(size, 2) for size in blocks.shape)
-    return compiled(_rotated_down, kind)(blocks, list(signs)).reshape(x.mT.shape).mT
+    kind = blocks.dtype, tuple(signs), tuple(min(size, 2) for size in blocks.shape)
+    return compiled(_rotated_down, kind)(blocks, signs).reshape(x.mT.shape).mT
 
 
-def _rotated_down(blocks: Tensor, signs: list[int]) -> Tensor:
+def _rotated_down(blocks: Tensor, signs: Sequence[int]) -> Tensor:
     torch._check(blocks.shape[1] == BLOCK)
     return numerics.rotated_blocks(blocks.float(), signs, 1).to(torch.bfloat16)

@@ -121,7 +121,6 @@ def _warm_up(launches: Sequence[Launch], device: torch.device, apart: bool) -> N
 _under_way: dict[Any, list[Future[None]]] = {}
 """Compiling of kernels that has been started and not yet waited for."""
 
-
 _met: WeakSet[Any] = WeakSet()
 """Kernels that another process has compiled: other forms of them are mostly the same, and compile here."""
 

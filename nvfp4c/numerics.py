@@ -150,13 +150,6 @@ def block_codes(
     return encode_e2m1(scaled, random_bits), scales
 
 
-def block_rounded(x: Tensor, amax: Tensor, block: tuple[int, int], random_bits: Tensor | None = None) -> Tensor:
-    """`block_values` of `block_codes`, with no codes between: float32 [..., M, ceil16(K)]."""
-    scaled, scales = _block_scaled(x, amax, block)
-    blocks = round_e2m1(scaled, random_bits).unflatten(-1, (scales.shape[-1], BLOCK))
-    return (blocks * scales.float().unsqueeze(-1)).flatten(-2)
-
-
 def block_scales(x: Tensor, amax: Tensor, block: tuple[int, int]) -> Tensor:
     """The scales of `block_codes`."""
     return _scales(pad_last(x).float(), encode_scale(amax), block)

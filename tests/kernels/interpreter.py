@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -24,3 +25,8 @@ def loops_run() -> bool:
     except InterpreterError:
         return False
     return True
+
+
+LOOPS_RUN = loops_run()
+
+needs_loops = pytest.mark.skipif(not LOOPS_RUN, reason="this Triton's interpreter cannot loop with this NumPy")

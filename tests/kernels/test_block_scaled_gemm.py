@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import loops_run
+from interpreter import needs_loops
 from torch import Tensor
 
 from nvfp4c import dialect, numerics, scale_layout
@@ -21,7 +21,7 @@ INTERPRETED = bool(block_scaled_gemm.INTERPRETED)
 swizzled_place = kernels.swizzled_place
 
 
-pytestmark = pytest.mark.skipif(not loops_run(), reason="this Triton's interpreter cannot loop with this NumPy")
+pytestmark = needs_loops
 
 
 def native_tile() -> block_scaled_gemm.GemmTile | None:

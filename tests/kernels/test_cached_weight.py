@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interpreter import loops_run
+from interpreter import needs_loops
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -275,10 +275,7 @@ MICRO_BATCHES = 3
 
 PRODUCTS = [
     "sm_90",
-    pytest.param(
-        "sm_100",
-        marks=pytest.mark.skipif(not loops_run(), reason="this Triton's interpreter cannot loop with this NumPy"),
-    ),
+    pytest.param("sm_100", marks=needs_loops),
 ]
 """Targets of which the first dequantises what its products read, and the second does not."""
 

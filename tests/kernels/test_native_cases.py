@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import loops_run
+from interpreter import needs_loops
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,7 +18,7 @@ from nvfp4c.codegen.targets import TARGETS
 from nvfp4c.scale_layout import swizzled_shape, unswizzle
 
 ROWS, COLUMNS = 130, 48
-pytestmark = pytest.mark.skipif(not loops_run(), reason="this Triton's interpreter cannot loop with this NumPy")
+pytestmark = needs_loops
 
 
 def scaled_mm(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreter import loops_run
+from interpreter import LOOPS_RUN, needs_loops
 from torch import Tensor, fx, nn
 
 from nvfp4c import backend, dialect, numerics, pipeline
@@ -26,7 +26,6 @@ from nvfp4c.region import Form, Region, evaluate
 from nvfp4c.scale_layout import unswizzle
 
 SEED_VALUE = 1234
-LOOPS_RUN = loops_run()
 WIDTH, HIDDEN, OUT, TOKENS = (40, 70, 10, (3, 13)) if operations.INTERPRETED else (200, 500, 10, (3, 37))
 """No whole number of blocks anywhere."""
 
@@ -154,7 +153,7 @@ def test_kernels_equal_the_reference_on_the_graph_of_a_step(
     assert compared[dialect.REGION] > 0
 
 
-@pytest.mark.skipif(not LOOPS_RUN, reason="this Triton's interpreter cannot loop with this NumPy")
+@needs_loops
 def test_kernels_of_packed_operands_equal_the_reference_on_the_graph_of_a_step(
     device: torch.device, native: dialect.KernelTable
 ) -> None:
