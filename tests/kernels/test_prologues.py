@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -217,7 +217,11 @@ def prologues(draw: st.DrawFn) -> Prologue:
     return Prologue(kinds, tuple(steps), (last + 1,) if draw(st.booleans()) else (last + 1, last + 1))
 
 
-@settings(max_examples=10 if operations.INTERPRETED else 30)
+# On a GPU every example is a new kernel to compile, so a failing one is shown as it was found.
+@settings(
+    max_examples=10 if operations.INTERPRETED else 30,
+    phases=list(Phase) if operations.INTERPRETED else [Phase.explicit, Phase.generate],
+)
 @given(
     prologues(), st.integers(1, 40), st.integers(1, 70), st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 )
