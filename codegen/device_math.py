@@ -44,7 +44,8 @@ def bits_float(bits):
 
 @triton.jit
 def _widen_bfloat16(x):
-    if INTERPRETED:
+    # Assembly takes two at a time, and a tile's value for its one row is alone.
+    if INTERPRETED or x.numel % 2:
         x = bits_float(x.to(tl.int16, bitcast=True).to(tl.int32) << 16)
     else:
         x = tl.inline_asm_elementwise(

@@ -190,6 +190,15 @@ def test_prologues(region: Region, target: str, even: bool) -> None:
 
 
 @compiles
+@pytest.mark.parametrize("axis", Axis)
+def test_a_number_for_the_one_row_of_a_tile(axis: Axis) -> None:
+    """Its conversion to and from bfloat16 has no neighbour to go with."""
+    weighted = Prologue((FULL, Kind.ROW), (Step("square", (1,), "bfloat16"), Step("mul", (0, 2), "bfloat16")), (3,))
+    region = Region((Output(Form.OPERAND, axis),), weighted)
+    check(assembled(region, "sm_90", even=False, GROUPS=1))
+
+
+@compiles
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_every_operation_of_a_prologue_compiles(target: str) -> None:
     """One after the other in one kernel, each of the last result and of the input."""

@@ -82,6 +82,8 @@ class Given:
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.bfloat16
     transposed: bool = False
+    rows_too: bool = False
+    """Numbers for rows have that type too; else they are float32, as what a norm divides by."""
 
     def inputs(self, prologue: Prologue, device: torch.device) -> list[Tensor]:
         generator = torch.Generator().manual_seed(len(prologue.steps))
@@ -89,7 +91,7 @@ class Given:
         for kind in prologue.inputs:
             shape = {FULL: self.shape, ROW: (*self.shape[:-1], 1), COLUMN: self.shape[-1:]}[kind]
             x = torch.randn(shape, generator=generator)
-            x = x if kind is ROW else x.to(self.dtype)
+            x = x if kind is ROW and not self.rows_too else x.to(self.dtype)
             turned = self.transposed and kind is FULL
             found.append(x.mT.contiguous().to(device).mT if turned else x.to(device))
         return found
@@ -223,10 +225,15 @@ def prologues(draw: st.DrawFn) -> Prologue:
     phases=list(Phase) if operations.INTERPRETED else [Phase.explicit, Phase.generate],
 )
 @given(
-    prologues(), st.integers(1, 40), st.integers(1, 70), st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
+    prologues(),
+    st.tuples(st.integers(1, 40), st.integers(1, 70)),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    st.booleans(),
 )
-def test_any_prologue(device: torch.device, prologue: Prologue, rows: int, columns: int, dtype: torch.dtype) -> None:
-    inputs = Given((rows, columns), dtype).inputs(prologue, device)
+def test_any_prologue(
+    device: torch.device, prologue: Prologue, shape: tuple[int, int], dtype: torch.dtype, rows_too: bool
+) -> None:
+    inputs = Given(shape, dtype, rows_too=rows_too).inputs(prologue, device)
     outputs = tuple(
         Output(Form.OPERAND, axis, signs=signs, matrix=m)
         for m in range(len(prologue.results))
