@@ -24,6 +24,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner, fake_tensor
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.fx_passes.post_grad import view_to_reshape
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from nvfp4c import debug, pipeline
@@ -135,11 +136,13 @@ def lowered_first(lower: Callable[[fx.Graph], object]) -> Callable[..., Any]:
 
 def trace_as_given(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     """Work out the values of a graph for its inputs, if any of these lies otherwise in memory than when it was traced:
-    Inductor may have chosen other strides for what a forward saves."""
+    Inductor may have chosen other strides for what a forward saves. What could be viewed before may need a copy then.
+    """
     traced = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
     for before, given in zip(traced, example_inputs, strict=True):
         both = isinstance(before, torch.Tensor) and isinstance(given, torch.Tensor)
         if both and not statically_known_true(sym_eq(before.stride(), given.stride())):
+            view_to_reshape(gm)
             fake_tensor_prop(gm, example_inputs)
             return
 

@@ -221,7 +221,7 @@ class _Rewriting:
         shape = _shape(self.produced, one.kind)
         if list(map(str, one.node.meta["val"].shape)) == list(map(str, shape)):
             return one.node
-        return insert(self.graph, aten.view.default, (one.node, _sizes(shape)), like)
+        return insert(self.graph, aten.reshape.default, (one.node, _sizes(shape)), like)
 
     def _replace(
         self, readers: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[Sequence[Output]]

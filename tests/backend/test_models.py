@@ -11,6 +11,7 @@ import pytest
 import torch
 from inside import KernelCall, Mlp, Reference, Watched, check_kernels
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import nvfp4c
@@ -262,6 +263,19 @@ def test_graph_breaks(kernel_calls: list[KernelCall]) -> None:
         ("second.up", "wgrad"): "plan: second.up",
         ("first.down", "wgrad"): "plan: first.down",
     }
+
+
+def test_what_a_forward_saves_may_lie_with_gaps() -> None:
+    """On a GPU Inductor saves attention's 2 x 4 matrices of 17 x 17 so that each batch begins at an aligned address."""
+    gm = make_fx(lambda x: x.view(8, 17, 17).sum(-1), tracing_mode="fake")(torch.randn(2, 4, 17, 17))
+    (node,) = gm.graph.find_nodes(op="placeholder")
+    with node.meta["val"].fake_mode:
+        given = torch.empty_strided((2, 4, 17, 17), (1184, 289, 17, 1))
+    backend.trace_as_given(gm, [given])
+    assert node.meta["val"].stride() == given.stride()
+    gm.recompile()
+    x = torch.randn(2, 1184)[:, :1156].unflatten(1, (4, 17, 17))
+    assert torch.equal(gm(x), x.reshape(8, 17, 17).sum(-1))
 
 
 def test_passes_see_tensors_as_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:

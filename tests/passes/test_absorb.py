@@ -81,9 +81,9 @@ def test_a_gated_layer_is_computed_where_it_is_reduced() -> None:
         == """\
 %gate = placeholder
 %up = placeholder
-%view = aten.view(%gate, [40, 32])
-%view_2 = aten.view(%up, [40, 32])
-%region = nvfp4.region([%view, %view_2], [], None, amax; amax columns with SIGNS; value of 0 full, 1 full: \
+%reshape = aten.reshape(%gate, [40, 32])
+%reshape_2 = aten.reshape(%up, [40, 32])
+%region = nvfp4.region([%reshape, %reshape_2], [], None, amax; amax columns with SIGNS; value of 0 full, 1 full: \
 2 = sigmoid(0) bfloat16; 3 = mul(2, 0) bfloat16; 4 = mul(3, 1) bfloat16 -> 4)
 %getitem = getitem(%region, 0)
 %getitem_2 = getitem(%region, 1)
