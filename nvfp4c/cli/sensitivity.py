@@ -201,4 +201,8 @@ def summary(analysis: Analysis) -> list[str]:
     left = [site.site for site in found.sites if site.obstacle]
     if left:
         lines.append(f"Not measured, so left in BF16: {', '.join(left[:5])}{', ...' if len(left) > 5 else ''}.")
+    if found.unmeasured_share:
+        lines.append(
+            f"Shares leave out {found.unmeasured_share:.1%} of the operations: not measured, they stay in BF16."
+        )
     return lines

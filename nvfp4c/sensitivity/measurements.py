@@ -124,7 +124,8 @@ class SiteMeasure:
 
     weight: name of the parameter, shared by sites that are tied. weight_elements: of it. reads: a number that sites
     have in common where they read the same tensor. obstacle: why it cannot run in FP4 at all, or None; then there are
-    no roles.
+    no roles. unmeasured: operations, as in `RoleMeasure`, of its matmuls in roles that were not measured: with an
+    obstacle, or in high precision whatever a plan says.
     """
 
     site: str
@@ -135,6 +136,7 @@ class SiteMeasure:
     reads: int
     roles: Mapping[str, RoleMeasure]
     obstacle: str | None = None
+    unmeasured: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,13 @@ class Measurements:
     loss: float
     batches: int
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def unmeasured_share(self) -> float:
+        """Of all operations of the sites' matmuls, the share that was not measured, 0..1; it stays in BF16."""
+        measured = sum(role.operations for site in self.sites for role in site.roles.values())
+        unmeasured = sum(site.unmeasured for site in self.sites)
+        return unmeasured / (measured + unmeasured) if unmeasured else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

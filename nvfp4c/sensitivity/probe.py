@@ -16,10 +16,10 @@ from itertools import chain
 import torch
 from torch import Tensor, fx
 
-from nvfp4c.dialect import Assignment, Matmul, Operand, Quantization, Role
+from nvfp4c.dialect import Assignment, Matmul, Operand, Quantization, Role, numbers
 from nvfp4c.errors import DataError
 from nvfp4c.formats import TILE_BLOCK
-from nvfp4c.passes.intercept import site_nodes
+from nvfp4c.passes.intercept import operands, site_nodes
 from nvfp4c.passes.matmul_graph import block_name, block_of
 from nvfp4c.recipe import ROLES
 from nvfp4c.sensitivity.compared import Compared
@@ -37,7 +37,7 @@ RECENT = 4
 @dataclass(frozen=True)
 class Site:
     """What the graph says of a site: its place in the model, and how each role's operands are arranged. parts: the
-    weight is several matrices, each the operand of a matmul of its own."""
+    weight is several matrices, each the operand of a matmul of its own. operations: of each role, 2 m n k."""
 
     name: str
     weight: str
@@ -45,6 +45,7 @@ class Site:
     reads: int
     parts: bool
     roles: dict[str, tuple[Matmul, Assignment]]
+    operations: dict[str, float]
 
 
 @dataclass
@@ -69,9 +70,11 @@ class Probe:
             described = names.input_of(found.weight, placeholders.get(found.weight, -1))
             reads = self._inputs.setdefault((id(graph), found.input), len(self._inputs))
             roles = {role.value: (found.matmul(role), found.assignment(role)) for role in found.roles}
+            operations = {role.value: _operations(node) for role, node in found.roles.items()}
             value = found.weight.meta["val"]
             weight = described.names[0] if described.names else found.site
-            self.sites[found.site] = Site(found.site, weight, int(value.numel()), reads, value.dim() > 2, roles)
+            parts = value.dim() > 2
+            self.sites[found.site] = Site(found.site, weight, int(value.numel()), reads, parts, roles, operations)
 
     def observe(
         self,
@@ -161,6 +164,7 @@ class Probe:
                 reads=site.reads,
                 roles={role: sums[site.name, role].measure(role) for role in ROLES if (site.name, role) in sums},
                 obstacle=None if any(key[0] == site.name for key in sums) else NO_GRADIENT,
+                unmeasured=sum(count for role, count in site.operations.items() if (site.name, role) not in sums),
             )
             for site in self.sites.values()
         )
@@ -168,6 +172,12 @@ class Probe:
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+
+
+def _operations(matmul: fx.Node) -> float:
+    """2 m n k of a matmul in a graph, symbolic sizes at their example values."""
+    left, right = (numbers(operand.meta["val"].shape) for operand in operands(matmul))
+    return 2.0 * math.prod(left) * right[-1]
 
 
 def _gradient(left: Tensor, right: Tensor, matmul: Matmul) -> Tensor:

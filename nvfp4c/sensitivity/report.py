@@ -227,10 +227,13 @@ def _budget(candidate: Candidate, analysis: Analysis) -> str:
 def _head(analysis: Analysis) -> dict[str, str]:
     measured = analysis.measurements
     runnable = sum(bool(site.roles) for site in measured.sites)
+    share = measured.unmeasured_share
+    left_out = {"left out of shares": f"{share:.1%} of the operations, not measured: they stay in high precision"}
     return {
         "loss in high precision": f"{measured.loss:.6g} loss units",
         "measured on": _counted(measured.batches, "batch"),
         "layers": f"{_counted(len(measured.sites), 'layer')} with a matmul, of which {runnable} can run in FP4",
+        **(left_out if share else {}),
         **_flat(measured.provenance),
     }
 

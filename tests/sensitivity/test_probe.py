@@ -270,13 +270,18 @@ def test_what_a_user_can_get_wrong(model: Net, batches: list[Tensor]) -> None:
 
 
 def test_a_site_that_no_gradient_reaches(model: Net, batches: list[Tensor]) -> None:
-    """It cannot be scored, so it is no choice; the others are measured."""
+    """It cannot be scored, so it is no choice; the others are measured. Its operations are counted apart."""
     for name in ("a", "b"):
         model.blocks[0][name].requires_grad_(False)
-    found = {site.site: site for site in measure(model, batches, loss).sites}
+    measured = measure(model, batches, loss)
+    found = {site.site: site for site in measured.sites}
     assert set(found) == {"blocks.0.a", "blocks.0.b", "down"}
     assert not found["blocks.0.a"].roles and "no gradient" in (found["blocks.0.a"].obstacle or "")
     assert found["down"].obstacle is None and set(found["down"].roles) == {"fprop", "wgrad"}
+    frozen = [site.unmeasured for site in measured.sites]
+    assert frozen == [2 * 32 * 32 * 48, 2 * 32 * 32 * 48, 0]
+    counted = sum(role.operations for role in found["down"].roles.values())
+    assert measured.unmeasured_share == sum(frozen) / (sum(frozen) + counted)
 
 
 def test_switches_give_the_loss_of_the_backend(model: Net, batches: list[Tensor]) -> None:
