@@ -11,7 +11,7 @@ from torch import Tensor
 from nvfp4c import numerics
 from nvfp4c.codegen import cpu
 from nvfp4c.dialect import Quantization
-from nvfp4c.region import Form, Output, Region, reduction
+from nvfp4c.region import Axis, Form, Output, Region, reduction
 
 OPERAND_BITS, BATCH_BITS, SEED_BITS = 20, 20, 23
 """Of a seed of stochastic rounding, from the lowest on: which operand of a batch, which batch, and the user's seed. A
@@ -44,7 +44,7 @@ def quantized(x: Tensor, how: Quantization, seed: Tensor | None) -> Quantized:
         source = x if how.signs is None else cpu.HADAMARD(x, how.signs)
         amax = _amax(source)
         return Quantized(source, cpu.OPERAND(source, amax, how.block, how.rounding, seed, 0), amax)
-    return _on_gpu(x.contiguous(), how, seed)
+    return on_gpu(x, how, seed)
 
 
 def _amax(x: Tensor) -> Tensor:
@@ -55,20 +55,28 @@ def _amax(x: Tensor) -> Tensor:
     return torch.maximum(low.abs(), high.abs()).float()
 
 
-def _on_gpu(x: Tensor, how: Quantization, seed: Tensor | None) -> Quantized:
+def on_gpu(x: Tensor, how: Quantization, seed: Tensor | None) -> Quantized:
+    """`quantized` by a GPU's kernels. A transposed matrix is read as it lies: copying it would take as long as that."""
+    if x.dim() == 2 and x.mT.is_contiguous():
+        return _along(x.mT, Axis.COLUMNS, how, seed).mT
+    return _along(x.contiguous(), Axis.ROWS, how, seed)
+
+
+def _along(x: Tensor, axis: Axis, how: Quantization, seed: Tensor | None) -> Quantized:
+    """`quantized` with blocks along the rows or down the columns of a contiguous x."""
     from nvfp4c.codegen.operations import region  # imports triton, which a machine without a GPU need not have
 
-    reduce, quantise = _regions(how)
+    reduce, quantise = _regions(how, axis)
     (amax,) = region([x], [], None, reduce)
     values, *sources = region([x], [amax], seed, quantise)
     return Quantized(sources[0] if sources else x, values, amax)
 
 
 @cache
-def _regions(how: Quantization) -> tuple[str, str]:
+def _regions(how: Quantization, axis: Axis) -> tuple[str, str]:
     """What gives the amax, and what gives the operand, after that rotated where it is; as JSON."""
-    operand = Output(Form.OPERAND, block=how.block, rounding=how.rounding, signs=how.signs)
-    rotated = () if how.signs is None else (Output(Form.ROTATED, signs=how.signs),)
+    operand = Output(Form.OPERAND, axis, block=how.block, rounding=how.rounding, signs=how.signs)
+    rotated = () if how.signs is None else (Output(Form.ROTATED, axis, signs=how.signs),)
     return reduction(Region((operand,))).to_json(), Region((operand, *rotated)).to_json()
 
 

@@ -61,7 +61,8 @@ def probe(shape: tuple[int, ...]) -> None:
     """The kernels of the sensitivity probe."""
     x, amax = torch.randn(shape, device="cuda").bfloat16(), torch.tensor(4.0, device="cuda")
     for block in (ROW_BLOCK, TILE_BLOCK):
-        statistics_on_gpu(quantized(x, Quantization(block, "nearest", None), None), block)
+        for operand in (x, x.mT.contiguous().mT):
+            statistics_on_gpu(quantized(operand, Quantization(block, "nearest", None), None), block)
     for gradient in (x, x.mT.contiguous().mT, None):
         probing.compared(x.float(), x, gradient, amax, None)
 

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from nvfp4c import numerics
 from nvfp4c.codegen import probing
-from nvfp4c.formats import ROW_BLOCK, TILE_BLOCK
+from nvfp4c.dialect import Quantization
+from nvfp4c.formats import DEFAULT_SIGNS, ROW_BLOCK, TILE_BLOCK
 from nvfp4c.sensitivity.compared import terms
-from nvfp4c.sensitivity.quantized import Quantized
+from nvfp4c.sensitivity.quantized import Quantized, on_gpu
 from nvfp4c.sensitivity.samples import sample, statistics, statistics_on_gpu
 
 SUMS = 1e-5
@@ -40,6 +41,22 @@ def test_statistics(
     got = statistics_on_gpu(Quantized(source, values, found.amax.to(device)), block)
     # Sums in FP64 of the same FP32 numbers, and counts.
     torch.testing.assert_close(got.cpu(), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("signs", [None, DEFAULT_SIGNS], ids=["plain", "rotated"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("block", [ROW_BLOCK, TILE_BLOCK])
+def test_a_transposed_operand(
+    block: tuple[int, int], rounding: str, signs: tuple[int, ...] | None, device: torch.device
+) -> None:
+    """Is quantised as its copy would be, to the bit, without one."""
+    x = torch.randn((70, 33), generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
+    how, seed = Quantization(block, rounding, signs), torch.tensor(3, device=device)
+    expected, found = on_gpu(x, how, seed), on_gpu(x.mT.contiguous().mT, how, seed)
+    assert torch.equal(found.amax, expected.amax)
+    assert torch.equal(found.source, expected.source)
+    assert torch.equal(found.values, expected.values)
+    assert found.values.mT.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
