@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from threading import Lock, Thread
 from typing import Any
 
@@ -23,6 +24,9 @@ from nvfp4c.codegen import compile_server
 from nvfp4c.codegen.compile_server import DONE, LONGEST
 
 SERVER = compile_server.__name__
+
+ASSEMBLERS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
+"""Variables of the environment that name them."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,15 @@ def settle(device: int) -> None:
     """Decide on the assembler and the cache as Inductor will when it compiles kernels of its own for this GPU: what is
     compiled before would not be found after. For the thread that compiles graphs, as the environment changes."""
     os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device))
-    before = os.environ.get("TRITON_PTXAS_PATH")
     _set_triton_ptxas_path()
-    if os.environ.get("TRITON_PTXAS_PATH") != before:
-        get_ptxas_version.cache_clear()  # it may know another's, which Triton would keep to
+    _forget_version(*(os.environ.get(name) for name in ASSEMBLERS))
+
+
+@lru_cache(maxsize=1)
+def _forget_version(*_: str | None) -> None:
+    """Once for each choice of assemblers, whoever made it: Triton may know the version of one that it asked before, and
+    would look for kernels under that."""
+    get_ptxas_version.cache_clear()
 
 
 def compile_apart(jobs: Sequence[Job]) -> bool:

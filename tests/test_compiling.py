@@ -23,7 +23,7 @@ from triton.runtime import driver
 
 from nvfp4c.codegen import compile_server, compiling, operations
 from nvfp4c.codegen.compile_server import AbsentGpu
-from nvfp4c.codegen.compiling import compile_apart
+from nvfp4c.codegen.compiling import ASSEMBLERS, compile_apart
 from nvfp4c.codegen.launching import INTERPRETED, Launch
 from nvfp4c.formats import DEFAULT_SIGNS
 from nvfp4c.region import Axis, Form, Output, Region
@@ -32,7 +32,6 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter does n
 
 TARGET = GPUTarget("cuda", 90, 32)
 DEVICE = torch.device("cpu")
-ASSEMBLERS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 REGION = Region((Output(Form.OPERAND), Output(Form.PACKED, Axis.COLUMNS, signs=DEFAULT_SIGNS, rounding="stochastic")))
 
 
@@ -87,10 +86,12 @@ def test_this_process_finds_what_another_compiled(cache: Path) -> None:
     assert compiled(cache) == there
 
 
+@pytest.mark.parametrize(("taken", "dtype"), [(False, torch.bfloat16), (True, torch.float32)], ids=["new", "taken"])
 def test_the_assembler_is_the_one_that_inductor_takes(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    taken: bool, dtype: torch.dtype, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PyTorch's, where it has one, though Triton has been asked for the version of its own."""
+    """PyTorch's, where it has one, though Triton has been asked for the version of its own. taken: by Inductor itself,
+    before."""
     own = get_ptxas(TARGET.arch).path
     other = tmp_path / "ptxas"
     other.write_text(
@@ -105,7 +106,9 @@ def test_the_assembler_is_the_one_that_inductor_takes(
             monkeypatch.setenv(name, str(other))
 
     monkeypatch.setattr(compiling, "_set_triton_ptxas_path", take)
-    launch = region_launch(REGION, 160, torch.bfloat16)
+    if taken:
+        take()
+    launch = region_launch(REGION, 160, dtype)
     compiling.settle(0)
     assert compile_apart([launch.job])
     there = compiled(cache)
