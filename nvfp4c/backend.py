@@ -143,6 +143,9 @@ def trace_as_given(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         both = isinstance(before, torch.Tensor) and isinstance(given, torch.Tensor)
         if both and not statically_known_true(sym_eq(before.stride(), given.stride())):
             view_to_reshape(gm)
+            for module in gm.modules():
+                if isinstance(module, fx.GraphModule):  # branches are run as they were compiled
+                    module.recompile()
             fake_tensor_prop(gm, example_inputs)
             return
 

@@ -8,7 +8,8 @@ becomes
     %dx = aten.mm(%dy, %w)
 becomes
     %dx = operation(session, %dy, %w, [%x, %w_t], [%dy_t, %x, %dw], samples, "fc1", "dgrad")
-Both calls return what the matmul returns. So everything about a site is at hand at one moment, and nothing is kept for
+A site without a backward matmul has nothing to observe: its forward matmul becomes a call as `Switch` makes them.
+All calls return what the matmul returns. So everything about a site is at hand at one moment, and nothing is kept for
 it that backward does not keep anyway.
 """
 
@@ -117,27 +118,31 @@ class Switch:
 
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         for node in list(graph.nodes):
-            matmul = _in_fp4(node)
-            if matmul is None:
-                continue
-            bias = arguments(node)[0] if OPERAND_PLACES[node.target] == (1, 2) else None
-            args = (self.session, *operands(node), bias, matmul.site, matmul.role.value)
-            _replace(graph, node, self.operation, args)
+            _switch(graph, node, self.operation, self.session)
         return graph
+
+
+def _switch(graph: fx.Graph, node: fx.Node, operation: Target, session: int) -> None:
+    matmul = _in_fp4(node)
+    if matmul is not None:
+        bias = arguments(node)[0] if OPERAND_PLACES[node.target] == (1, 2) else None  # type: ignore[index]
+        _replace(graph, node, operation, (session, *operands(node), bias, matmul.site, matmul.role.value))
 
 
 @dataclass(frozen=True)
 class Observe:
     """operation: (session, left, right, operands of fprop, operands and result of the other backward matmul, samples,
     site, role) -> what the matmul gives; an empty list where the site has no such matmul in this graph. samples: see
-    `samples`."""
+    `samples`. alone: what a forward matmul becomes whose site has no other, arguments as in `Switch`."""
 
     operation: Target
+    alone: Target
     session: int
 
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         for found in site_nodes(graph).values():
             if found.host is None:
+                _switch(graph, found.roles[Role.FPROP], self.alone, self.session)
                 continue
             node = found.roles[found.host]
             forward = found.roles.get(Role.FPROP)

@@ -135,7 +135,7 @@ def ranking(analysis: Analysis) -> Table:
     total = sum(role.operations for role in measured.values())
     table = Table(
         title=f"The {min(SHOWN, len(ranked))} of {len(ranked)} matmuls that FP4 costs most: predicted rise of the loss,"
-        " signal-to-noise of the result, share of all matmul operations",
+        " signal-to-noise of the result, share of the matmul operations measured",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,

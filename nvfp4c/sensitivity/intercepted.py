@@ -41,8 +41,9 @@ class Decider(Watcher, Protocol):
     def matmul(self, left: Tensor, right: Tensor, bias: Tensor | None, site: str, role: str) -> Tensor: ...
 
 
-class Observer(Watcher, Protocol):
-    """Gives the result of the last backward matmul of every site. Arguments: see `passes.intercept.Observe`."""
+class Observer(Decider, Protocol):
+    """Gives the result of the last backward matmul of every site, and of the forward matmul of a site that has no
+    other. Arguments: see `passes.intercept.Observe`."""
 
     def observe(
         self,
@@ -99,8 +100,16 @@ def switched(model: nn.Module, recipe: Recipe, watcher: Decider) -> Callable[...
 
 
 def observed(model: nn.Module, recipe: Recipe, watcher: Observer) -> Callable[..., Any]:
-    """The model with `watcher.observe` in place of the last backward matmul of every site."""
-    return _compiled(model, recipe, watcher, lambda session: Observe(OBSERVE, session))
+    """The model with `watcher.observe` in place of the last backward matmul of every site, and with `watcher.matmul` in
+    place of a forward matmul whose site has no other."""
+    return _compiled(model, recipe, watcher, lambda session: Observe(OBSERVE, MATMUL, session))
+
+
+def plain(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    """What the matmul gives that a `Decider` is asked for."""
+    if bias is None:
+        return torch.mm(left, right) if left.dim() == 2 else torch.bmm(left, right)
+    return torch.addmm(bias, left, right) if left.dim() == 2 else torch.baddbmm(bias, left, right)
 
 
 aten = torch.ops.aten

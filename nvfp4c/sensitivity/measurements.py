@@ -16,7 +16,7 @@ from nvfp4c.errors import DataError
 from nvfp4c.files import write_text
 from nvfp4c.sensitivity.intervals import mean_and_error
 
-VERSION = 1
+VERSION = 2
 OCTAVES = 32
 """Bins of a histogram of magnitudes: bin i counts amax * 2^-(i+1) < |x| <= amax * 2^-i, the last also all below it."""
 
@@ -124,8 +124,8 @@ class SiteMeasure:
 
     weight: name of the parameter, shared by sites that are tied. weight_elements: of it. reads: a number that sites
     have in common where they read the same tensor. obstacle: why it cannot run in FP4 at all, or None; then there are
-    no roles. unmeasured: operations, as in `RoleMeasure`, of its matmuls in roles that were not measured: with an
-    obstacle, or in high precision whatever a plan says.
+    no roles. unmeasured: operations, as in `RoleMeasure`, of its forward matmuls that no gradient
+    reached.
     """
 
     site: str
@@ -153,7 +153,7 @@ class Measurements:
 
     @property
     def unmeasured_share(self) -> float:
-        """Of all operations of the sites' matmuls, the share that was not measured, 0..1; it stays in BF16."""
+        """What `SiteMeasure.unmeasured` is of all operations that were counted, measured or not, 0..1."""
         measured = sum(role.operations for site in self.sites for role in site.roles.values())
         unmeasured = sum(site.unmeasured for site in self.sites)
         return unmeasured / (measured + unmeasured) if unmeasured else 0.0
@@ -185,7 +185,8 @@ def merged(parts: Sequence[Measurements]) -> Measurements:
 def _merged_site(parts: Sequence[SiteMeasure]) -> SiteMeasure:
     names = dict.fromkeys(role for part in parts for role in part.roles)
     roles = {name: _merged_role([part.roles[name] for part in parts if name in part.roles]) for name in names}
-    return replace(parts[0], roles=roles, obstacle=None if roles else parts[0].obstacle)
+    unmeasured = sum(part.unmeasured for part in parts) / len(parts)
+    return replace(parts[0], roles=roles, obstacle=None if roles else parts[0].obstacle, unmeasured=unmeasured)
 
 
 def _merged_role(parts: Sequence[RoleMeasure]) -> RoleMeasure:

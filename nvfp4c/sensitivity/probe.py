@@ -16,13 +16,14 @@ from itertools import chain
 import torch
 from torch import Tensor, fx
 
-from nvfp4c.dialect import Assignment, Matmul, Operand, Quantization, Role, numbers
+from nvfp4c.dialect import Assignment, Matmul, Operand, Quantization, Role
 from nvfp4c.errors import DataError
 from nvfp4c.formats import TILE_BLOCK
-from nvfp4c.passes.intercept import operands, site_nodes
+from nvfp4c.passes.intercept import site_nodes
 from nvfp4c.passes.matmul_graph import block_name, block_of
 from nvfp4c.recipe import ROLES
 from nvfp4c.sensitivity.compared import Compared
+from nvfp4c.sensitivity.intercepted import plain
 from nvfp4c.sensitivity.measurements import LOSS_TERMS, OCTAVES, OperandMeasure, RoleMeasure, SiteMeasure
 from nvfp4c.sensitivity.quantized import Quantized, Quantizer
 from nvfp4c.sensitivity.samples import Samples
@@ -37,7 +38,7 @@ RECENT = 4
 @dataclass(frozen=True)
 class Site:
     """What the graph says of a site: its place in the model, and how each role's operands are arranged. parts: the
-    weight is several matrices, each the operand of a matmul of its own. operations: of each role, 2 m n k."""
+    weight is several matrices, each the operand of a matmul of its own."""
 
     name: str
     weight: str
@@ -45,7 +46,6 @@ class Site:
     reads: int
     parts: bool
     roles: dict[str, tuple[Matmul, Assignment]]
-    operations: dict[str, float]
 
 
 @dataclass
@@ -55,6 +55,7 @@ class Probe:
     seed: int = 0
     sites: dict[str, Site] = field(default_factory=dict)
     _sums: dict[tuple[str, str], _Sums] = field(default_factory=dict)
+    _unmeasured: dict[str, float] = field(default_factory=dict)
     _inputs: dict[tuple[int, fx.Node], int] = field(default_factory=dict)
     _recent: list[tuple[Tensor, Quantization, Quantized]] = field(default_factory=list)
     _samples: Samples = field(default_factory=Samples)
@@ -70,11 +71,14 @@ class Probe:
             described = names.input_of(found.weight, placeholders.get(found.weight, -1))
             reads = self._inputs.setdefault((id(graph), found.input), len(self._inputs))
             roles = {role.value: (found.matmul(role), found.assignment(role)) for role in found.roles}
-            operations = {role.value: _operations(node) for role, node in found.roles.items()}
             value = found.weight.meta["val"]
             weight = described.names[0] if described.names else found.site
-            parts = value.dim() > 2
-            self.sites[found.site] = Site(found.site, weight, int(value.numel()), reads, parts, roles, operations)
+            self.sites[found.site] = Site(found.site, weight, int(value.numel()), reads, value.dim() > 2, roles)
+
+    def matmul(self, left: Tensor, right: Tensor, bias: Tensor | None, site: str, role: str) -> Tensor:
+        """Of a site that no gradient reaches here: nothing but counted."""
+        self._unmeasured[site] = self._unmeasured.get(site, 0.0) + 2.0 * left.numel() * right.shape[-1]
+        return plain(left, right, bias)
 
     def observe(
         self,
@@ -147,6 +151,7 @@ class Probe:
         """
         self._samples.finish()
         sums, self._sums, self._recent = self._sums, {}, []
+        unmeasured, self._unmeasured = self._unmeasured, {}
         _fetch([found for one in sums.values() for found in one.kept])
         for (site, role), found in sums.items():
             if not found.finite:
@@ -164,7 +169,7 @@ class Probe:
                 reads=site.reads,
                 roles={role: sums[site.name, role].measure(role) for role in ROLES if (site.name, role) in sums},
                 obstacle=None if any(key[0] == site.name for key in sums) else NO_GRADIENT,
-                unmeasured=sum(count for role, count in site.operations.items() if (site.name, role) not in sums),
+                unmeasured=unmeasured.get(site.name, 0.0),
             )
             for site in self.sites.values()
         )
@@ -172,12 +177,6 @@ class Probe:
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
-
-
-def _operations(matmul: fx.Node) -> float:
-    """2 m n k of a matmul in a graph, symbolic sizes at their example values."""
-    left, right = (numbers(operand.meta["val"].shape) for operand in operands(matmul))
-    return 2.0 * math.prod(left) * right[-1]
 
 
 def _gradient(left: Tensor, right: Tensor, matmul: Matmul) -> Tensor:

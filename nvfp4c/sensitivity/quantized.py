@@ -57,7 +57,7 @@ def _amax(x: Tensor) -> Tensor:
 
 def on_gpu(x: Tensor, how: Quantization, seed: Tensor | None) -> Quantized:
     """`quantized` by a GPU's kernels. A transposed matrix is read as it lies: copying it would take as long as that."""
-    if x.dim() == 2 and x.mT.is_contiguous():
+    if x.dim() == 2 and x.mT.is_contiguous() and not x.is_contiguous():
         return _along(x.mT, Axis.COLUMNS, how, seed).mT
     return _along(x.contiguous(), Axis.ROWS, how, seed)
 

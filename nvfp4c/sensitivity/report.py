@@ -98,10 +98,8 @@ def plan_sentences(candidate: Candidate, analysis: Analysis) -> list[str]:
         predicted = f"Predicted rise of the loss: {candidate.predicted:+.3g} loss units{part}."
     else:
         predicted = "The predicted rise of the loss is not finite."
-    sentences = [
-        f"{1 - candidate.share:.1%} of all matmul operations run in FP4, {candidate.share:.1%} in high precision.",
-        predicted,
-    ]
+    low, high = f"{1 - candidate.share:.1%}", f"{candidate.share:.1%}"
+    sentences = [f"{low} of the matmul operations measured run in FP4, {high} in high precision.", predicted]
     count = len(candidate.measured or ())
     if not count:
         sentences.append("This plan was not run.")

@@ -97,7 +97,7 @@ function counted(value) {
 
 function matmulWords(matmul) {
   const sentences = [
-    `A product of ${matmul.size.map(size => size.toLocaleString("en")).join(" × ")} (rows × columns × sum), ${counted(matmul.operations)} operations a batch, ${percent(matmul.share)} of all matmul operations.`,
+    `A product of ${matmul.size.map(size => size.toLocaleString("en")).join(" × ")} (rows × columns × sum), ${counted(matmul.operations)} operations a batch, ${percent(matmul.share)} of the matmul operations measured.`,
     `In FP4 the result has an SNR of ${number(matmul.snr, "dB")}: a relative error of ${percent(matmul.error)}, of which ${percent(matmul.bias)} is bias and ${percent(matmul.scatter)} scatter.`,
     `Predicted rise of the loss: ${number(matmul.score, "loss units")}.`,
   ];

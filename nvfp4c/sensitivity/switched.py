@@ -13,7 +13,7 @@ from nvfp4c.dialect import Assignment
 from nvfp4c.passes.intercept import site_nodes
 from nvfp4c.recipe import Recipe
 from nvfp4c.sensitivity.analysis import Key
-from nvfp4c.sensitivity.intercepted import switched
+from nvfp4c.sensitivity.intercepted import plain, switched
 from nvfp4c.sensitivity.quantized import Quantized, Quantizer, product
 from nvfp4c.sensitivity.state import as_it_was, draw_from
 from nvfp4c.sites import ModelNames
@@ -34,19 +34,13 @@ class Switches:
 
     def matmul(self, left: Tensor, right: Tensor, bias: Tensor | None, site: str, role: str) -> Tensor:
         if (site, role) not in self.fp4:
-            return _plain(left, right, bias)
+            return plain(left, right, bias)
         assignment = self.known[site, role]
         operands: list[Quantized | Tensor] = []
         for x, how in zip((left, right.mT), (assignment.left, assignment.right), strict=True):
             operands.append(x if how is None else self.quantizer(x, how))
         found = product(*operands)
         return (found if bias is None else found + bias.float()).to(left.dtype)
-
-
-def _plain(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None:
-        return torch.mm(left, right) if left.dim() == 2 else torch.bmm(left, right)
-    return torch.addmm(bias, left, right) if left.dim() == 2 else torch.baddbmm(bias, left, right)
 
 
 class SwitchedModel:

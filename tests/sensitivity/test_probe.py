@@ -245,7 +245,7 @@ def test_measurements_survive_a_file(model: Net, batches: list[Tensor], tmp_path
     found = measure(model, batches[:1], loss)
     found.save(tmp_path / "found.json")
     assert measurements.load(tmp_path / "found.json") == found
-    for text in ("", "[]", '{"version": 1}', '{"version": 7, "sites": []}'):
+    for text in ("", "[]", '{"version": 2}', '{"version": 1, "sites": []}', '{"version": 7, "sites": []}'):
         (tmp_path / "broken.json").write_text(text)
         with pytest.raises(DataError, match=r"broken\.json.*measure again"):
             measurements.load(tmp_path / "broken.json")
@@ -282,6 +282,31 @@ def test_a_site_that_no_gradient_reaches(model: Net, batches: list[Tensor]) -> N
     assert frozen == [2 * 32 * 32 * 48, 2 * 32 * 32 * 48, 0]
     counted = sum(role.operations for role in found["down"].roles.values())
     assert measured.unmeasured_share == sum(frozen) / (sum(frozen) + counted)
+
+
+def test_what_is_not_measured_is_counted_as_it_runs(model: Net, batches: list[Tensor]) -> None:
+    """In every call of the model, whatever the size; and no more where a gradient came at last."""
+    for name in ("a", "b"):
+        model.blocks[0][name].requires_grad_(False)
+
+    def twice(model: Callable[..., Tensor], batch: Tensor) -> Tensor:
+        return loss(model, batch) + loss(model, batch[:1])
+
+    rows = [8 * 4, 8 * 3, 8 * 2]
+    found = measure(model, [batch[: 4 - number] for number, batch in enumerate(batches)], twice)
+    assert found.sites[0].unmeasured == 2 * 32 * 48 * (sum(rows) / 3 + 8)
+    assert found.sites[2].roles["fprop"].operations == 2 * 48 * 24 * (sum(rows) / 3 + 8)
+    assert found.unmeasured_share == pytest.approx(2 * 32 * 48 * 2 / (2 * 32 * 48 * 2 + 2 * 48 * 24 * 2))
+
+    def late(model: Callable[..., Tensor], batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            aside = model(batch[:1]).mean()
+        return loss(model, batch) + 0 * aside
+
+    model.requires_grad_(True)
+    found = measure(model, batches[:1], late)
+    assert all(site.obstacle is None for site in found.sites)
+    assert [site.unmeasured for site in found.sites] == [2 * 8 * 32 * 48, 2 * 8 * 32 * 48, 2 * 8 * 48 * 24]
 
 
 def test_switches_give_the_loss_of_the_backend(model: Net, batches: list[Tensor]) -> None:

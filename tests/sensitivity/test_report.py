@@ -17,6 +17,7 @@ import pytest
 from made_up import EVIL, PROJECTIONS, analysis_of, with_evil
 from plotly.offline import get_plotlyjs
 
+from nvfp4c.cli.sensitivity import summary
 from nvfp4c.errors import DataError
 from nvfp4c.sensitivity import report
 from nvfp4c.sensitivity.analysis import Analysis, Together
@@ -84,12 +85,25 @@ def test_the_page_says_what_was_measured_and_chosen(analysis):
         assert text in page
     said = report.verdict(analysis)
     assert re.match(
-        r"The chosen plan: 8\d\.\d% of all matmul operations run in FP4, 1\d\.\d% in high precision\. ", said
+        r"The chosen plan: 8\d\.\d% of the matmul operations measured run in FP4, 1\d\.\d% in high precision\. ", said
     )
     assert re.search(r"Predicted rise of the loss: \+\d\S* loss units \(\+\d\.\d\d% of the loss\)\. ", said)
     assert re.search(
         r"Measured rise: \+\d\S* ± \d\S* loss units \(mean and 95% interval, 8 held-out batches\)\.$", said
     )
+
+
+def test_what_shares_leave_out_is_said(analysis):
+    measured = replace(analysis.measurements, provenance={"rise_with_everything_in_fp4": 0.1})
+    analysis = replace(analysis, measurements=measured)
+    assert "left out of shares" not in report.render(analysis)
+    assert not any("leave out" in line for line in summary(analysis))
+    first, *others = measured.sites
+    counted = sum(role.operations for site in measured.sites for role in site.roles.values())
+    part = replace(measured, sites=(replace(first, unmeasured=counted / 3), *others))
+    analysis = replace(analysis, measurements=part)
+    assert "<dt>left out of shares</dt><dd>25.0% of the operations, not measured" in report.render(analysis)
+    assert any("leave out 25.0% of the operations" in line for line in summary(analysis))
 
 
 def test_the_data_is_that_of_the_analysis(analysis):
@@ -267,7 +281,7 @@ def test_the_slider_changes_the_plan_everywhere(outcome, analysis):
         assert shown["shown"] == candidate.name
         assert (shown["table"], shown["maps"], shown["graph"]) == (kept, kept, kept)
         assert shown["ring"] == pytest.approx(100 * (1 - candidate.share), abs=1e-9)  # one FP64 subtraction
-        assert f"{1 - candidate.share:.1%} of all matmul operations run in FP4" in shown["words"]
+        assert f"{1 - candidate.share:.1%} of the matmul operations measured run in FP4" in shown["words"]
 
 
 @needs_browser
