@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
+import pytest
 import torch
 from inside import KernelCall, Mlp, Reference, Watched, check_kernels
 from torch import Tensor
 from torch._inductor import config as inductor_config
+from torch._inductor.codegen import cpp
 
 TOKENS = 48
 
@@ -42,6 +46,9 @@ def test_what_is_not_finite_stays_so() -> None:
     assert all(parameter.grad.isnan().any() for parameter in model.parameters())
 
 
+@pytest.mark.skipif(
+    "emulate_precision_casts" not in inspect.getsource(cpp), reason="this PyTorch cannot be told so on a CPU"
+)
 def test_a_training_step_in_bf16_is_the_interpreted_graph(kernel_calls: list[KernelCall], eager_kernels: None) -> None:
     """The same, where Inductor is told to round to BF16 wherever the graph does; it would keep FP32 inside fusions."""
     with inductor_config.patch(emulate_precision_casts=True):

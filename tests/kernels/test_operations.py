@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import needs_dropped_nan
 from torch import Tensor
 from torch.library import opcheck
 
@@ -180,7 +181,14 @@ def test_tiles_that_fit(device: torch.device, region: Region) -> None:
     agree(region, x.to(device), tile=WIDE)
 
 
-@pytest.mark.parametrize("amax", [0.0, 1e-45, 1e-38, 1.0, 1e30, 3.4e38, torch.inf, torch.nan])
+@pytest.mark.parametrize(
+    "amax",
+    [
+        *(0.0, 1e-45, 1e-38, 1.0, 1e30, 3.4e38),
+        pytest.param(torch.inf, marks=needs_dropped_nan),
+        pytest.param(torch.nan, marks=needs_dropped_nan),
+    ],
+)
 def test_they_agree_when_another_tensor_gave_the_amax(device: torch.device, amax: float) -> None:
     """So a block may be larger than the amax, scales may all be 0, or NaN by the amax alone."""
     x = torch.randn(17, 20, generator=torch.Generator().manual_seed(4))

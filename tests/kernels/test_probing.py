@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from interpreter import needs_loops
 from torch import Tensor
 
 from nvfp4c import numerics
@@ -59,6 +60,7 @@ def test_a_transposed_operand(
     assert found.values.mT.is_contiguous()
 
 
+@needs_loops
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("quantised", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("shape", [(33, 300), (3, 20, 40), (5, 7)])
