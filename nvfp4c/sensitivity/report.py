@@ -56,6 +56,7 @@ def render(analysis: Analysis) -> str:
         data=script_json(page_data(analysis)),
         verdict=html.escape(verdict(analysis)),
         head=facts(_head(analysis)),
+        provenance=facts(_flat(analysis.measurements.provenance)),
         obstacles=_obstacles(analysis.measurements.sites),
         together=_together(analysis),
     )
@@ -232,7 +233,6 @@ def _head(analysis: Analysis) -> dict[str, str]:
         "measured on": _counted(measured.batches, "batch"),
         "layers": f"{_counted(len(measured.sites), 'layer')} with a matmul, of which {runnable} can run in FP4",
         **(left_out if share else {}),
-        **_flat(measured.provenance),
     }
 
 
