@@ -125,13 +125,17 @@ def lowered_first(lower: Callable[[fx.Graph], object]) -> Callable[..., Any]:
     def compile_one(gm: fx.GraphModule, example_inputs: Sequence[Any], **how: Any) -> Any:
         with no_collection():
             trace_as_given(gm, example_inputs)
-            for module in gm.modules():
-                if isinstance(module, fx.GraphModule):
-                    lower(module.graph)
-                    module.recompile()
+            for module in with_branches(gm):
+                lower(module.graph)
+                module.recompile()
             return compile_fx_inner(gm, example_inputs, **how)
 
     return compile_one
+
+
+def with_branches(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    """A graph, and those that its control flow calls."""
+    return [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
 
 
 def trace_as_given(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
@@ -143,9 +147,8 @@ def trace_as_given(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         both = isinstance(before, torch.Tensor) and isinstance(given, torch.Tensor)
         if both and not statically_known_true(sym_eq(before.stride(), given.stride())):
             view_to_reshape(gm)
-            for module in gm.modules():
-                if isinstance(module, fx.GraphModule):  # branches are run as they were compiled
-                    module.recompile()
+            for module in with_branches(gm):  # branches are run as they were compiled
+                module.recompile()
             fake_tensor_prop(gm, example_inputs)
             return
 

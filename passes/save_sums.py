@@ -26,9 +26,9 @@ RECOMPUTE = "recompute"
 
 def save_sums(graph: fx.Graph) -> fx.Graph:
     """Tag every sum of the forward that a product can take over."""
-    backward = backward_nodes(graph)
     if config.activation_memory_budget < 1:
         return graph
+    backward = backward_nodes(graph)
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor):
         found = match(node) if backward and node not in backward else None
         if found is not None and not any(RECOMPUTE in one.meta for one in (node, found.product)):

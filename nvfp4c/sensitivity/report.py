@@ -227,13 +227,14 @@ def _head(analysis: Analysis) -> dict[str, str]:
     measured = analysis.measurements
     runnable = sum(bool(site.roles) for site in measured.sites)
     share = measured.unmeasured_share
-    left_out = {"left out of shares": f"{share:.1%} of the operations, not measured: they stay in high precision"}
-    return {
+    head = {
         "loss in high precision": f"{measured.loss:.6g} loss units",
         "measured on": _counted(measured.batches, "batch"),
         "layers": f"{_counted(len(measured.sites), 'layer')} with a matmul, of which {runnable} can run in FP4",
-        **(left_out if share else {}),
     }
+    if share:
+        head["left out of shares"] = f"{share:.1%} of the operations, not measured: they stay in high precision"
+    return head
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
