@@ -28,6 +28,26 @@ HADAMARD_NORM = tl.constexpr(formats.HADAMARD_NORM)
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 TWO_TO_120 = tl.constexpr(2.0**120)
 TWO_TO_126 = tl.constexpr(2.0**126)
+TWO_TO_MINUS_126 = tl.constexpr(2.0**-126)
+
+
+TWO_BYTES = tl.constexpr("=h" + 8 * ",r")
+"""Of what `_assembled_bytes` gives."""
+
+
+def _assembled_bytes(codes: int) -> tl.constexpr:
+    """Assembly of two bytes of two codes each: from two numbers each that hold the lower and the upper codes in byte
+    `codes`, and two float32 each that have their signs."""
+    byte, sign = f"0x00{4 + codes}{codes}", "0x0073"
+    lines = [
+        f"prmt.b32 low, $1, $2, {byte}; prmt.b32 high, $3, $4, {byte}; shl.b32 high, high, 4; add.u32 low, low, high;",
+        f"prmt.b32 high, $5, $6, {sign}; shr.u32 high, high, 4; and.b32 high, high, 0x0808; or.b32 low, low, high;",
+        f"prmt.b32 high, $7, $8, {sign}; and.b32 high, high, 0x8080; or.b32 low, low, high; cvt.u16.u32 $0, low;",
+    ]
+    return tl.constexpr("{ .reg .b32 low, high; " + " ".join(lines) + " }")
+
+
+CODES_IN_BYTE_0, CODES_IN_BYTE_3 = _assembled_bytes(0), _assembled_bytes(3)
 
 
 @triton.jit
@@ -61,18 +81,70 @@ def to_float32(x):
 
 
 @triton.jit
-def round_bfloat16(x, y):
-    """float32 x and y rounded to the nearest bfloat16, ties to even, as float32. Two at a time: so GPUs convert."""
+def bfloat16_pair(x, y):
+    """float32 x and y rounded to the nearest bfloat16, ties to even, in the halves of an int32, x in the lower one. Two
+    at a time: so GPUs convert."""
     if INTERPRETED:
-        x = _round_bfloat16_bits(x)
-        y = _round_bfloat16_bits(y)
+        pair = ((float_bits(_round_bfloat16_bits(x)) >> 16) & 0xFFFF) | float_bits(_round_bfloat16_bits(y))
     else:
-        both = tl.inline_asm_elementwise(
+        pair = tl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x, y], dtype=tl.int32, is_pure=True, pack=1
         )
-        x = bits_float(both << 16)
-        y = bits_float(both & -0x10000)
-    return x, y
+    return pair
+
+
+@triton.jit
+def halves(pair):
+    """The two of a `bfloat16_pair`, as float32."""
+    return bits_float(pair << 16), bits_float(pair & -0x10000)
+
+
+@triton.jit
+def larger_pair(a, b, NATIVE: tl.constexpr):
+    """The larger magnitudes of two `bfloat16_pair`s, half by half, with any sign; NaN counts as larger than all."""
+    if INTERPRETED:
+        low_a, high_a = halves(a)
+        low_b, high_b = halves(b)
+        pair = bfloat16_pair(larger(tl.abs(low_a), tl.abs(low_b)), larger(tl.abs(high_a), tl.abs(high_b)))
+    elif NATIVE:
+        pair = tl.inline_asm_elementwise(
+            "max.NaN.xorsign.abs.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        pair = tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b; abs.bf16x2 a, $1; abs.bf16x2 b, $2; max.NaN.bf16x2 $0, a, b; }",
+            "=r,r,r",
+            [a, b],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return pair
+
+
+@triton.jit
+def larger_half(pair):
+    """The larger magnitude of a pair, as float32; NaN counts as larger than all."""
+    low, high = halves(pair)
+    return larger(tl.abs(low), tl.abs(high))
+
+
+@triton.jit
+def clamped(y, LIMIT: tl.constexpr, NATIVE: tl.constexpr):
+    """float32 y clamped to [-LIMIT, LIMIT], with the sign of y."""
+    if NATIVE and not INTERPRETED:
+        y = tl.inline_asm_elementwise(
+            "min.xorsign.abs.f32 $0, $1, $2;", "=f,f,f", [y, LIMIT], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        y = tl.minimum(tl.maximum(y, -LIMIT), LIMIT)
+    return y
+
+
+@triton.jit
+def round_bfloat16(x, y):
+    """float32 x and y rounded to the nearest bfloat16, ties to even, as float32."""
+    return halves(bfloat16_pair(x, y))
 
 
 @triton.jit
@@ -158,8 +230,8 @@ def tanh(x):
 
 
 @triton.jit
-def e2m1_code(y):
-    """E2M1 code (int32) of float32 y clamped to [-6, 6], nearest: the rules of `numerics.encode_e2m1`."""
+def _nearest_bits(y):
+    """int32 whose lowest byte is the nearest E2M1 code of |float32 y| clamped to 6."""
     magnitude = tl.minimum(tl.abs(y), E2M1_MAX)
     # Codes are linear in the magnitude within [0, 2), [2, 4) and [4, 6], with slopes 2, 1 and 0.5, so a code is the
     # least of three lines. Floats near 1.5 * 2^23 are 1 apart: each sum rounds once, to an integer, ties to even, and
@@ -167,44 +239,104 @@ def e2m1_code(y):
     first = tl.fma(magnitude, 2.0, 12582912.0)
     second = magnitude + 12582914.0
     third = tl.fma(magnitude, 0.5, 12582916.0)
-    code = float_bits(tl.minimum(tl.minimum(first, second), third)) - 0x4B400000
-    return code + tl.where(y < 0, 8, 0)
+    return float_bits(tl.minimum(tl.minimum(first, second), third))
 
 
 @triton.jit
-def e2m1_rounded(y):
+def e2m1_code(y):
+    """E2M1 code (int32) of float32 y clamped to [-6, 6], nearest: the rules of `numerics.encode_e2m1`."""
+    return (_nearest_bits(y) & 7) + tl.where(y < 0, 8, 0)
+
+
+@triton.jit
+def e2m1_rounded(y, NATIVE: tl.constexpr):
     """float32 y clamped to [-6, 6] and rounded to the nearest E2M1 value, ties to even code; zeros are positive."""
-    clamped = tl.minimum(tl.maximum(y, -E2M1_MAX), E2M1_MAX)
+    y = clamped(y, E2M1_MAX, NATIVE)
     # Around 1.5 * 2^22 times a power of two, floats are half of it apart: so far apart are E2M1 values within a binade,
     # and below 1.
-    binade = float_bits(tl.maximum(tl.abs(clamped), 1.0)) & 0x7F800000
-    shift = bits_float(binade + 0x0B400000)
-    return (clamped + shift) - shift
+    binade = bits_float(float_bits(tl.maximum(tl.abs(y), 1.0)) & 0x7F800000)
+    return tl.fma(binade, -6291456.0, tl.fma(binade, 6291456.0, y))
+
+
+SUBNORMAL_MAX = tl.constexpr(formats.E2M1_MAX * 2.0**-126)
+"""Of E2M1 numbers times 2^-126.
+
+So scaled, those below 1 are float32's subnormals, and bits grow by 2^22 from code to code. Such a product is rounded to
+a multiple of 2^-149, ties to even, just as the sum with 1 that `numerics.encode_e2m1` takes below 1 rounds to 2^-23.
+"""
 
 
 @triton.jit
-def _stochastic_bits(magnitude, lift, random):
-    """Bits of E2M1 magnitudes, plus `lift`: 1 below 1, so that they are 0.5 apart there just as above 1, else 0."""
-    # One fraction bit is kept. Up goes what exceeds (random + 0.5) / 256 of the gap, which is 2^22 in these units.
-    return (float_bits(magnitude + lift) + (0x3FDFFF - (random << 14))) & -0x400000
+def _stochastic_gap(random):
+    """What to add to such bits: up goes what exceeds (random + 0.5) / 256 of the gap between codes."""
+    return 0x3FDFFF - (random << 14)
 
 
 @triton.jit
 def e2m1_stochastic_code(y, random):
     """E2M1 code (int32) of float32 y clamped to [-6, 6], rounded up or down by a random byte: see `encode_e2m1`."""
-    magnitude = tl.minimum(tl.abs(y), E2M1_MAX)
-    small = magnitude < 1.0
-    code = (_stochastic_bits(magnitude, small.to(tl.float32), random) >> 22) - tl.where(small, 254, 252)
-    return code + tl.where(y < 0, 8, 0)
+    bits = float_bits(tl.minimum(tl.abs(y) * TWO_TO_MINUS_126, SUBNORMAL_MAX)) + _stochastic_gap(random)
+    return (bits >> 22) + tl.where(y < 0, 8, 0)
 
 
 @triton.jit
-def e2m1_stochastic_rounded(y, random):
-    """The value of `e2m1_stochastic_code`, float32."""
-    magnitude = tl.minimum(tl.abs(y), E2M1_MAX)
-    lift = (magnitude < 1.0).to(tl.float32)
-    value = bits_float(_stochastic_bits(magnitude, lift, random)) - lift
-    return bits_float(float_bits(value) | (float_bits(y) & -0x80000000))
+def e2m1_stochastic_rounded(y, random, NATIVE: tl.constexpr):
+    """The value of `e2m1_stochastic_code`, float32, with the sign of y."""
+    bits = float_bits(clamped(y * TWO_TO_MINUS_126, SUBNORMAL_MAX, NATIVE)) + _stochastic_gap(random)
+    return bits_float(bits & -0x400000) * TWO_TO_126
+
+
+@triton.jit
+def e2m1_bytes(low, high):
+    """Bytes of two nearest E2M1 codes each, uint8: `e2m1_code` of float32 low and, above it, of high."""
+    if INTERPRETED:
+        both = (e2m1_code(low) + 16 * e2m1_code(high)).to(tl.uint8)
+    else:
+        # -0.0 has code 0, and is 0.0 when 0.0 is added; all else keeps its sign.
+        both = tl.inline_asm_elementwise(
+            CODES_IN_BYTE_0,
+            TWO_BYTES,
+            [_nearest_bits(low), _nearest_bits(high), low + 0.0, high + 0.0],
+            dtype=tl.uint8,
+            is_pure=True,
+            pack=2,
+        )
+    return both
+
+
+@triton.jit
+def e2m1_stochastic_bytes(low, high, word, INDEX: tl.constexpr):
+    """Bytes of two E2M1 codes each, uint8: `e2m1_stochastic_code` of float32 low by byte INDEX of random words, and,
+    above it, of high by the next."""
+    if INTERPRETED:
+        first = e2m1_stochastic_code(low, random_byte(word, INDEX))
+        both = (first + 16 * e2m1_stochastic_code(high, random_byte(word, INDEX + 1))).to(tl.uint8)
+    else:
+        # A sum with 0.0 makes 0.0 of -0.0, whose code is 0, but leaves what is too small its sign.
+        low = tl.fma(low, TWO_TO_MINUS_126, 0.0)
+        high = tl.fma(high, TWO_TO_MINUS_126, 0.0)
+        both = tl.inline_asm_elementwise(
+            CODES_IN_BYTE_3,
+            TWO_BYTES,
+            [
+                4 * float_bits(tl.minimum(tl.abs(low), SUBNORMAL_MAX)) + _random_gap(word, INDEX),
+                4 * float_bits(tl.minimum(tl.abs(high), SUBNORMAL_MAX)) + _random_gap(word, INDEX + 1),
+                low,
+                high,
+            ],
+            dtype=tl.uint8,
+            is_pure=True,
+            pack=2,
+        )
+    return both
+
+
+@triton.jit
+def _random_gap(word, INDEX: tl.constexpr):
+    """4 * `_stochastic_gap` of byte INDEX of random words, in one instruction."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, 0x7FFC, $2;", "=r,r,r", [~word, 0x7054 + 256 * INDEX], dtype=tl.int32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -246,9 +378,15 @@ def block_scale(block_amax, encode, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def rotated_pair(total, other):
+    """Two sums of 16 signed elements as elements of their rotated blocks: scaled, and a `bfloat16_pair`."""
+    return bfloat16_pair(total * HADAMARD_NORM, other * HADAMARD_NORM)
+
+
+@triton.jit
 def rotated(total, other):
-    """Two sums of 16 signed elements as elements of their rotated blocks: scaled, and rounded to bfloat16."""
-    return round_bfloat16(total * HADAMARD_NORM, other * HADAMARD_NORM)
+    """A `rotated_pair` as float32."""
+    return halves(rotated_pair(total, other))
 
 
 @triton.jit
@@ -301,13 +439,31 @@ def random_byte(word, INDEX: tl.constexpr):
 
 
 @triton.jit
-def random_bytes(seed, block, stream):
-    """Random bytes, int32 [R, B, 16], for the blocks with these int64 numbers [R, B]: see `nvfp4c.philox`."""
+def _split_words(seed, block, stream, COUNT: tl.constexpr):
+    """The random words of blocks, uint32 [R, B, 4 * COUNT], each as many times, 32 / COUNT bits lower every time."""
     word0, word1, word2, word3 = random_words(seed, block, stream)
     words = tl.reshape(tl.join(tl.join(word0, word2), tl.join(word1, word3)), [block.shape[0], block.shape[1], 4])
-    shifts = (8 * tl.arange(0, 4)).to(tl.uint32)
-    octets = (words[:, :, :, None] >> shifts[None, None, None, :]) & 0xFF
-    return tl.reshape(octets, [block.shape[0], block.shape[1], 16]).to(tl.int32)
+    shifts = (32 // COUNT * tl.arange(0, COUNT)).to(tl.uint32)
+    parts = words[:, :, :, None] >> shifts[None, None, None, :]
+    return tl.reshape(parts, [block.shape[0], block.shape[1], 4 * COUNT])
+
+
+@triton.jit
+def random_bytes(seed, block, stream):
+    """Random bytes, int32 [R, B, 16], for the blocks with these int64 numbers [R, B]: see `nvfp4c.philox`."""
+    return (_split_words(seed, block, stream, 4) & 0xFF).to(tl.int32)
+
+
+@triton.jit
+def random_pairs(seed, block, stream):
+    """uint32 [R, B, 8] whose lower halves are the `random_bytes`, two each."""
+    return _split_words(seed, block, stream, 2)
+
+
+@triton.jit
+def block_amax(x):
+    """Bits of the largest magnitude of each block of float32 x [R, B, 16], NaN counting as larger than all."""
+    return tl.max(float_bits(x) & 0x7FFFFFFF, 2) if INTERPRETED else float_bits(tl.reduce(tl.abs(x), 2, larger))
 
 
 @triton.jit
@@ -333,7 +489,7 @@ def load_blocks(
     WIDTH: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """COUNT elements of each block, starting at FROM: [R, B, COUNT], 0 outside of `rows` and `columns`.
+    """float32 COUNT elements of each block, starting at FROM: [R, B, COUNT], 0 outside of `rows` and `columns`.
 
     A thread loads WIDTH elements at a time and so holds whole blocks.
     """
@@ -344,6 +500,7 @@ def load_blocks(
             found = tl.load(place)
         else:
             found = tl.load(place, mask=(row < rows)[:, :, None] & (element < columns), other=0.0)
+        found = to_float32(found)  # before parts are joined, for two neighbours lie in a register
     else:
         low = load_blocks(origin, row, block, rows, columns, row_stride, FROM, COUNT // 2, WIDTH, EVEN)
         high = load_blocks(origin, row, block, rows, columns, row_stride, FROM + COUNT // 2, COUNT // 2, WIDTH, EVEN)

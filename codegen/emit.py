@@ -19,6 +19,7 @@ are stored where a product on the FP4 tensor cores reads them.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Container
 from dataclasses import dataclass
 
 from nvfp4c.codegen.expressions import prologue_source
@@ -33,23 +34,29 @@ import triton.language as tl
 
 from nvfp4c.codegen.device_math import (
     bits_float,
+    block_amax,
     block_scale,
-    e2m1_code,
+    e2m1_bytes,
     e2m1_rounded,
-    e2m1_stochastic_code,
+    e2m1_stochastic_bytes,
     e2m1_stochastic_rounded,
     e4m3_value,
     encode_scale,
     float_bits,
+    halves,
     larger,
+    larger_half,
+    larger_pair,
     load_blocks,
     load_line,
     raise_amax,
     random_byte,
     random_bytes,
+    random_pairs,
     random_words,
     rotate,
     rotated,
+    rotated_pair,
     rounded_bfloat16,
     rounded_float16,
     smaller,
@@ -151,8 +158,15 @@ def _before(region: Region) -> list[str]:
             Kind.COLUMN: "first_column",
         }[kind]
         lines.append(f"o{place} = i{place} + {offset}")
-    lines += [f"encode{place} = encode_scale(tl.load(a{place}))" for place in range(region.amax_count)]
+    lines += [f"amax_{place} = tl.load(a{place})" for place in range(region.amax_count)]
     return [*lines, "key = tl.load(seed)"] if any(output.stochastic for output in region.outputs) else lines
+
+
+def _encodes(outputs: list[tuple[int, Output]], known: Container[int] = ()) -> list[str]:
+    """Compute the scales that outputs ask for but those that are known: after the loads, for a division may branch, and
+    no load is moved across a branch."""
+    amaxes = sorted({output.amax for _, output in outputs if output.quantised and output.amax not in known})
+    return [f"encode{amax} = encode_scale(amax_{amax})" for amax in amaxes]
 
 
 def _by_matrix(outputs: list[tuple[int, Output]]) -> list[tuple[int, tuple[int, ...] | None]]:
@@ -194,26 +208,23 @@ def _down(region: Region, outputs: list[tuple[int, Output]]) -> list[str]:
             for place, kind in inputs
         ]
         lines += _matrices(region, loaded, [f"m{m}_{i}" for m in range(len(region.prologue.results))], inside)
+    lines += _encodes(outputs)
     for matrix, signs in _by_matrix(outputs):
         chosen = [(p, output) for p, output in outputs if output.matrix == matrix and output.signs == signs]
         for place in (place for place, output in chosen if output.form is Form.VALUE):
             lines += _down_stored(f"value{place}", [f"m{matrix}_{i}" for i in range(BLOCK)], whole=False)
         if all(output.form is Form.VALUE for _, output in chosen):
             continue
-        if signs is None:
-            lines += [f"z{i} = m{matrix}_{i}" for i in range(BLOCK)]
-        else:
-            lines += _butterfly(f"m{matrix}_", signs)
-        lines += _largest("z", "largest")
         amaxes = [place for place, output in chosen if output.form is Form.AMAX]
-        if signs is not None:
-            # Rounding is monotonic, so the largest of the rounded sums is the rounded largest sum.
-            lines += ["largest, _ = rotated(largest, largest)"]
-        lines += [f"raise_amax(amax{place}, float_bits(largest))" for place in amaxes]
         quantised = [(place, output) for place, output in chosen if output.quantised]
         turned = [place for place, output in chosen if output.form is Form.ROTATED]
-        if signs is not None and (quantised or turned):
-            lines += [f"z{i}, z{i + 1} = rotated(z{i}, z{i + 1})" for i in range(0, BLOCK, 2)]
+        if signs is None:
+            lines += [f"z{i} = m{matrix}_{i}" for i in range(BLOCK)]
+            lines += _largest([f"tl.abs(z{i})" for i in range(BLOCK)], "larger({}, {})")
+        else:
+            lines += _butterfly(f"m{matrix}_", signs)
+            lines += _rounded_sums() if quantised or turned else _largest_sum()
+        lines += [f"raise_amax(amax{place}, float_bits(largest))" for place in amaxes]
         for place in turned:
             lines += _down_stored(f"rotated{place}", [f"z{i}" for i in range(BLOCK)], whole=True)
         for place, output in quantised:
@@ -252,11 +263,25 @@ def _butterfly(prefix: str, signs: tuple[int, ...]) -> list[str]:
     return lines
 
 
-def _largest(prefix: str, into: str) -> list[str]:
-    names = [f"tl.abs({prefix}{i})" for i in range(BLOCK)]
+def _largest_sum() -> list[str]:
+    """The largest magnitude alone of a rotated block: rounding is monotonic, so it is the rounded largest sum."""
+    lines = _largest([f"tl.abs(z{i})" for i in range(BLOCK)], "larger({}, {})")
+    return [*lines, "largest, _ = rotated(largest, largest)"]
+
+
+def _rounded_sums() -> list[str]:
+    """Scale and round the sums of a rotated block, two to a register, in which they are compared as well."""
+    pairs = range(0, BLOCK, 2)
+    lines = [f"pair{i} = rotated_pair(z{i}, z{i + 1})" for i in pairs]
+    lines += _largest([f"pair{i}" for i in pairs], "larger_pair({}, {}, NATIVE)")
+    lines += ["largest = larger_half(largest)"]
+    return [*lines, *(f"z{i}, z{i + 1} = halves(pair{i})" for i in pairs)]
+
+
+def _largest(names: list[str], larger: str) -> list[str]:
     while len(names) > 1:
-        names = [f"larger({a}, {b})" for a, b in zip(names[::2], names[1::2], strict=True)]
-    return [f"{into} = {names[0]}"]
+        names = [larger.format(a, b) for a, b in zip(names[::2], names[1::2], strict=True)]
+    return [f"largest = {names[0]}"]
 
 
 def _down_quantised(place: int, output: Output) -> list[str]:
@@ -270,38 +295,42 @@ def _down_quantised(place: int, output: Output) -> list[str]:
     lines += [f"scale, multiplier = block_scale(block, encode{output.amax}, NATIVE)"]
     if output.stochastic:
         lines += [
-            "number = (batch * columns + first_column + spread_like(column + 0 * group, largest)) * tl.cdiv(rows, 16)",
-            "number += first_row // 16 + spread_like(group + 0 * column, largest)",
+            "across = tl.cast(tl.cdiv(rows, 16), tl.int64)",
+            "number = spread_like(column + 0 * group, largest) * across + spread_like(group + 0 * column, largest)",
+            "number += (batch * columns + first_column) * across + first_row // 16",
             f"w0, w1, w2, w3 = random_words(key, number, stream{place})",
         ]
     if output.native:
         return lines + _down_native(place, output)
 
-    def element(kind: str, i: int) -> str:
-        if output.stochastic:
-            return f"e2m1_stochastic_{kind}(z{i} * multiplier, random_byte(w{i // 4}, {i % 4}))"
-        return f"e2m1_{kind}(z{i} * multiplier)"
-
     if output.form is Form.OPERAND:
         lines += ["scale = e4m3_value(scale)"]
-        values = [f"{element('rounded', i)} * scale" for i in range(BLOCK)]
+        values = [f"{_rounded(output, i)} * scale" for i in range(BLOCK)]
         return lines + _down_stored(f"operand{place}", values, whole=output.signs is not None)
     lines += [
         "inside = (16 * group < rows_left) & in_columns",
         f"place = {_out(f'codes{place}', 'tl.cdiv(rows, 16) * 8', 'columns', 'first_row // 2')}",
         "place += 8 * group * columns + column",
     ]
-    lines += _line_by_line(
-        [
-            f"store(place, ({element('code', i)} + 16 * {element('code', i + 1)}).to(tl.uint8), inside, EVEN)"
-            for i in range(0, BLOCK, 2)
-        ]
-    )
+    lines += _line_by_line([f"store(place, {_byte(output, i)}, inside, EVEN)" for i in range(0, BLOCK, 2)])
     lines += [
         f"place = {_out(f'scales{place}', 'tl.cdiv(rows, 16)', 'columns', 'first_row // 16')} + column",
         "store(place + group * columns, scale.to(tl.uint8), inside, EVEN)",
     ]
     return lines
+
+
+def _rounded(output: Output, i: int) -> str:
+    """The value of an element of blocks down the columns."""
+    if output.stochastic:
+        return f"e2m1_stochastic_rounded(z{i} * multiplier, random_byte(w{i // 4}, {i % 4}), NATIVE)"
+    return f"e2m1_rounded(z{i} * multiplier, NATIVE)"
+
+
+def _byte(output: Output, i: int) -> str:
+    """The codes of an element and of the next."""
+    both = f"z{i} * multiplier, z{i + 1} * multiplier"
+    return f"e2m1_stochastic_bytes({both}, w{i // 4}, {i % 4})" if output.stochastic else f"e2m1_bytes({both})"
 
 
 def _down_native(place: int, output: Output) -> list[str]:
@@ -334,7 +363,7 @@ def _out(buffer: str, height: str, width: str, first: str) -> str:
 def _along(region: Region, outputs: list[tuple[int, Output]]) -> list[str]:
     inputs = list(enumerate(region.prologue.inputs))
     # Numbers of columns are loaded as if each row had its own: threads then hold the same elements of all inputs.
-    blocks = "to_float32(load_blocks(o{0}, row, block_of, rows_left, columns_left, %s, 0, 16, WIDTH, EVEN))"
+    blocks = "load_blocks(o{0}, row, block_of, rows_left, columns_left, %s, 0, 16, WIDTH, EVEN)"
     loaded = {
         Kind.FULL: blocks % "i{0}_row",
         Kind.ROW: "load_line(o{0} + row, row < rows_left, EVEN)[:, :, None]",
@@ -348,6 +377,7 @@ def _along(region: Region, outputs: list[tuple[int, Output]]) -> list[str]:
         "blocks = tl.cdiv(columns, 16)",
         "element = 16 * block_of[:, :, None] + tl.arange(0, 16)[None, None, :]",
         *_matrices(region, [loaded[kind].format(place) for place, kind in inputs], names, inside),
+        *_encodes(outputs, known={one.amax for one in region.outputs if one.by_columns and one.quantised}),
         "here = (row < rows_left) & (16 * block_of < columns_left)",
         "tile_row = batch * rows + first_row + row",
         "tile_block = first_column // 16 + block_of",
@@ -359,7 +389,7 @@ def _along(region: Region, outputs: list[tuple[int, Output]]) -> list[str]:
             negative = sum(1 << i for i, sign in enumerate(signs) if sign < 0)
             lines += [f"turned = rotate({name}, {negative})"]
             name = "turned"
-        lines += [f"tops = tl.max(float_bits({name}) & 0x7FFFFFFF, 2)"]
+        lines += [f"tops = block_amax({name})"]
         for place, output in chosen:
             if output.form is Form.AMAX:
                 lines += [f"raise_amax(amax{place}, tops)"]
@@ -384,22 +414,21 @@ def _along_quantised(place: int, output: Output, name: str) -> list[str]:
     ]
     if output.native:
         return lines + _along_native(place, output)
-    kind = "code" if output.form is Form.PACKED else "rounded"
-    if output.stochastic:
-        lines += [
-            f"octets = random_bytes(key, tile_row * blocks + tile_block, stream{place})",
-            f"q = e2m1_stochastic_{kind}(y, octets)",
-        ]
-    else:
-        lines += [f"q = e2m1_{kind}(y)"]
     if output.form is Form.OPERAND:
-        values = "q * e4m3_value(scale)[:, :, None]"
+        if output.stochastic:
+            lines += [f"octets = random_bytes(key, tile_row * blocks + tile_block, stream{place})"]
+        q = "e2m1_stochastic_rounded(y, octets, NATIVE)" if output.stochastic else "e2m1_rounded(y, NATIVE)"
+        values = f"{q} * e4m3_value(scale)[:, :, None]"
         return lines + _along_stored(f"operand{place}", values, whole=output.signs is not None)
+    lines += ["low, high = tl.split(tl.reshape(y, [16 * GROUPS, COLUMNS // 16, 8, 2]))"]
+    both = "e2m1_bytes(low, high)"
+    if output.stochastic:
+        lines += [f"words = random_pairs(key, tile_row * blocks + tile_block, stream{place})"]
+        both = "e2m1_stochastic_bytes(low, high, words, 0)"
     return [
         *lines,
-        "low, high = tl.split(tl.reshape(q, [16 * GROUPS, COLUMNS // 16, 8, 2]))",
         f"place = codes{place} + (tile_row * blocks + tile_block)[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]",
-        "store(place, (low + 16 * high).to(tl.uint8), here[:, :, None], EVEN)",
+        f"store(place, {both}, here[:, :, None], EVEN)",
         f"store(scales{place} + tile_row * blocks + tile_block, scale.to(tl.uint8), here, EVEN)",
     ]
 

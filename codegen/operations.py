@@ -46,15 +46,10 @@ def emitted(region: Region) -> Any:
 
 
 def tile_of(region: Region) -> Tile:
-    """What suits a region: enough loads in flight, and few enough registers for many programs.
-
-    Four columns a thread make loads and stores of whole sectors; with random words or a second matrix beside them
-    registers would spill. Where codes of columns are turned, four groups make whole sectors of them.
-    """
-    full = len(region.prologue.results) > 1 or any(output.stochastic for output in region.outputs)
+    """What suits a region: two columns a thread leave registers for many programs, so loads of one run beside the
+    arithmetic of others. Where codes of columns are turned, four groups make whole sectors of them."""
     turned = any(output.native and output.down for output in region.outputs)
-    groups, columns = (4, 128) if turned else (2, 256)
-    return Tile(groups=groups, columns=columns // 2 if full else columns, warps=4)
+    return Tile(groups=4, columns=64, warps=4) if turned else Tile(groups=1, columns=256, warps=4)
 
 
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]

@@ -22,9 +22,13 @@ HAS_E4M3 = not operations.INTERPRETED and chips.conversions(torch.cuda.get_devic
 NATIVE = [False, True] if HAS_E4M3 else [False]
 """Whether E4M3 bytes are made by the chip's own conversion."""
 
+block_amax = device_math.block_amax
 block_scale = device_math.block_scale
+bfloat16_pair = device_math.bfloat16_pair
+e2m1_bytes = device_math.e2m1_bytes
 e2m1_code = device_math.e2m1_code
 e2m1_rounded = device_math.e2m1_rounded
+e2m1_stochastic_bytes = device_math.e2m1_stochastic_bytes
 e2m1_stochastic_code = device_math.e2m1_stochastic_code
 e2m1_stochastic_rounded = device_math.e2m1_stochastic_rounded
 e2m1_value = device_math.e2m1_value
@@ -34,6 +38,8 @@ e4m3_value = device_math.e4m3_value
 encode_scale = device_math.encode_scale
 float_bits = device_math.float_bits
 larger = device_math.larger
+larger_half = device_math.larger_half
+larger_pair = device_math.larger_pair
 load_blocks = device_math.load_blocks
 raise_amax = device_math.raise_amax
 random_byte = device_math.random_byte
@@ -70,20 +76,24 @@ def e2m1_value_kernel(x, out, SIZE: tl.constexpr):
 
 
 @triton.jit
-def nearest_kernel(x, code, value, SIZE: tl.constexpr):
+def nearest_kernel(x, code, value, both, NATIVE: tl.constexpr, SIZE: tl.constexpr):
     place = place_of(SIZE)
     y = tl.load(x + place)
     tl.store(code + place, e2m1_code(y))
-    tl.store(value + place, e2m1_rounded(y))
+    tl.store(value + place, e2m1_rounded(y, NATIVE))
+    tl.store(both + place, e2m1_bytes(y, 1.5 - y))
 
 
 @triton.jit
-def stochastic_kernel(x, random, code, value, SIZE: tl.constexpr):
+def stochastic_kernel(x, random, code, value, first, last, NATIVE: tl.constexpr, SIZE: tl.constexpr):
     place = place_of(SIZE)
     y = tl.load(x + place)
     octet = tl.load(random + place)
     tl.store(code + place, e2m1_stochastic_code(y, octet))
-    tl.store(value + place, e2m1_stochastic_rounded(y, octet))
+    tl.store(value + place, e2m1_stochastic_rounded(y, octet, NATIVE))
+    word = (octet | ((255 - octet) << 8)).to(tl.uint32)
+    tl.store(first + place, e2m1_stochastic_bytes(y, 1.5 - y, word, 0))
+    tl.store(last + place, e2m1_stochastic_bytes(y, 1.5 - y, word << 16, 2))
 
 
 @triton.jit
@@ -105,6 +115,20 @@ def to_float32_kernel(x, out, SIZE: tl.constexpr):
 def larger_kernel(x, y, out, SIZE: tl.constexpr):
     place = place_of(SIZE)
     tl.store(out + place, larger(tl.load(x + place), tl.load(y + place)))
+
+
+@triton.jit
+def larger_pair_kernel(x, y, z, out, NATIVE: tl.constexpr, SIZE: tl.constexpr):
+    place = place_of(SIZE)
+    first = bfloat16_pair(tl.load(x + place), tl.load(y + place))
+    tl.store(out + place, larger_half(larger_pair(first, bfloat16_pair(tl.load(z + place), 0.0 * first), NATIVE)))
+
+
+@triton.jit
+def block_amax_kernel(x, out, SIZE: tl.constexpr):
+    place = place_of(SIZE // 16)
+    blocks = tl.load(x + (place * 16)[:, None, None] + tl.arange(0, 16)[None, None, :])
+    tl.store(out + place[:, None], block_amax(blocks))
 
 
 @triton.jit
@@ -227,28 +251,35 @@ def clamped(x: Tensor) -> Tensor:
     return torch.clamp(x, -E2M1_MAX, E2M1_MAX)
 
 
-def check_nearest(device: torch.device, x: Tensor) -> None:
-    codes, values = apply_all(nearest_kernel, device, x, out=[torch.int32, torch.float32])
+def check_nearest(device: torch.device, x: Tensor, native: bool) -> None:
+    outputs = [torch.int32, torch.float32, torch.uint8]
+    codes, values, both = apply_all(nearest_kernel, device, x, out=outputs, NATIVE=native)
     expected = numerics.encode_e2m1(clamped(x))
     assert torch.equal(codes, expected.int())
+    assert torch.equal(both, expected + 16 * numerics.encode_e2m1(clamped(1.5 - x)))
     # A zero may have lost its sign; what NaN becomes does not matter, for its scale is NaN.
     number = ~x.isnan()
     assert torch.equal(values[number], numerics.decode_e2m1(expected)[number])
 
 
 @needs_dropped_nan
-def test_nearest_agrees_on_every_bfloat16_and_around_every_tie(device: torch.device) -> None:
+@pytest.mark.parametrize("native", NATIVE)
+def test_nearest_agrees_on_every_bfloat16_and_around_every_tie(device: torch.device, native: bool) -> None:
     ties = torch.arange(0, 6.5, 0.25)
     tiny = torch.tensor([1e-45, -1e-45, 1e-30, -1e-38])
-    check_nearest(device, torch.cat([every_bfloat16().float(), around(torch.cat([ties, -ties])), tiny]))
+    check_nearest(device, torch.cat([every_bfloat16().float(), around(torch.cat([ties, -ties])), tiny]), native)
 
 
 def check_stochastic(device: torch.device, x: Tensor, octets: Tensor) -> None:
-    codes, values = apply_all(stochastic_kernel, device, x, octets.int(), out=[torch.int32, torch.float32])
+    outputs = [torch.int32, torch.float32, torch.uint8, torch.uint8]
     expected = numerics.encode_e2m1(clamped(x), octets)
-    assert torch.equal(codes, expected.int())
+    other = numerics.encode_e2m1(clamped(1.5 - x), 255 - octets)
     number = ~x.isnan()
-    assert torch.equal(values[number], numerics.decode_e2m1(expected)[number])
+    for native in NATIVE:
+        codes, values, *both = apply_all(stochastic_kernel, device, x, octets.int(), out=outputs, NATIVE=native)
+        assert torch.equal(codes, expected.int())
+        assert torch.equal(values[number], numerics.decode_e2m1(expected)[number])
+        assert all(torch.equal(found, expected + 16 * other) for found in both)
 
 
 @pytest.mark.parametrize("low, high", [(0.0, 0.5), (0.5, 1.0), (1.5, 2.0), (2.0, 3.0), (3.0, 4.0), (4.0, 6.0)])
@@ -299,6 +330,24 @@ def test_the_larger_of_two_is_nan_if_one_is(device: torch.device) -> None:
     values = torch.tensor([0.0, 1.0, 2.0**-149, 3e38, torch.inf, torch.nan])
     x, y = values.repeat(values.numel()), values.repeat_interleave(values.numel())
     assert same(apply(larger_kernel, device, x, y, out=torch.float32), torch.maximum(x, y))
+
+
+@pytest.mark.parametrize("native", NATIVE)
+def test_the_larger_of_two_pairs(device: torch.device, native: bool) -> None:
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0**-133, -3e38, torch.inf, -torch.inf, torch.nan]).bfloat16().float()
+    x, y, z = (one.reshape(-1) for one in torch.meshgrid(values, values, values, indexing="ij"))
+    found = apply(larger_pair_kernel, device, x, y, z, out=torch.float32, NATIVE=native)
+    assert same(found, torch.maximum(torch.maximum(x.abs(), y.abs()), z.abs()))
+
+
+def test_the_amax_of_blocks(device: torch.device) -> None:
+    x = torch.randn(SIZE, BLOCK, generator=torch.Generator().manual_seed(2))
+    for row, value in enumerate((0.0, torch.inf, -torch.inf, torch.nan, -(2.0**-149), 3.4e38)):
+        x[row] = 0.0 if row < 5 else x[row]
+        x[row, 3 * row] = value
+    out = torch.empty(SIZE, dtype=torch.int32, device=device)
+    block_amax_kernel[(1,)](x.to(device), out, SIZE=SIZE * BLOCK)
+    assert same(out.cpu().view(torch.float32), x.abs().amax(1))
 
 
 MAGNITUDES = torch.cat([torch.tensor([0.0, torch.inf, torch.nan, 3.4e38]), 2.0 ** torch.arange(-149.0, 128.0, 0.5)])
