@@ -8,9 +8,9 @@ are kept. So every site is measured with all others exact: scores of sites say n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 
 import torch
@@ -26,7 +26,8 @@ from nvfp4c.sensitivity.compared import Compared
 from nvfp4c.sensitivity.intercepted import plain
 from nvfp4c.sensitivity.measurements import LOSS_TERMS, OCTAVES, OperandMeasure, RoleMeasure, SiteMeasure
 from nvfp4c.sensitivity.quantized import Quantized, Quantizer
-from nvfp4c.sensitivity.samples import Samples
+from nvfp4c.sensitivity.replayed import Replays
+from nvfp4c.sensitivity.samples import Samples, drawn
 from nvfp4c.sites import ModelNames
 
 NO_GRADIENT = "no gradient reaches it, so what it does to the loss cannot be measured"
@@ -47,6 +48,53 @@ class Site:
     parts: bool
     roles: dict[str, tuple[Matmul, Assignment]]
 
+    @cached_property
+    def kinds(self) -> dict[str, _Kind]:
+        """Of the roles that run in FP4."""
+        return {
+            role: _Kind(role, matmul.operands, (assignment.left, assignment.right), self.parts)
+            for role, (matmul, assignment) in self.roles.items()
+            if assignment.precision != "bf16"
+        }
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What the graph says of a matmul, beside its site. how: each operand is quantised."""
+
+    role: str
+    operands: tuple[Operand, Operand]
+    how: tuple[Quantization | None, Quantization | None]
+    parts: bool
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A matmul to be compared. tensors: left and right; the result's gradient, of fprop; and the result, where it is
+    known. samples: of fprop."""
+
+    kind: _Kind
+    samples: int
+    tensors: Sequence[Tensor | None]
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Both operands with the contraction along their last axis."""
+        left, right, *_ = self.tensors
+        assert left is not None and right is not None
+        return left, right.mT
+
+    @property
+    def quantised(self) -> Iterator[tuple[int, Tensor, Quantization]]:
+        """Place and rows of each operand that is."""
+        for place, (x, how) in enumerate(zip(self.rows, self.kind.how, strict=True)):
+            if how is not None:
+                yield place, x, how
+
+
+TENSORS = 4
+"""Of a case."""
+
 
 @dataclass
 class Probe:
@@ -57,11 +105,10 @@ class Probe:
     _sums: dict[tuple[str, str], _Sums] = field(default_factory=dict)
     _unmeasured: dict[str, float] = field(default_factory=dict)
     _inputs: dict[tuple[int, fx.Node], int] = field(default_factory=dict)
-    _recent: list[tuple[Tensor, Quantization, Quantized]] = field(default_factory=list)
-    _samples: Samples = field(default_factory=Samples)
+    replays: Replays[_Form] = field(default_factory=Replays)
 
     def __post_init__(self) -> None:
-        self._quantizer = Quantizer(self.seed)
+        self._comparing = _Comparing(Quantizer(self.seed))
 
     def captured(self, graph: fx.Graph, names: ModelNames) -> None:
         placeholders = {node: place for place, node in enumerate(graph.find_nodes(op="placeholder"))}
@@ -90,67 +137,62 @@ class Probe:
         site: str,
         role: str,
     ) -> Tensor:
+        here = self.sites[site]
+        opposite = "dgrad" if role == "wgrad" else "wgrad"
+        earlier = []
         with torch.no_grad():
-            if fprop:
-                gradient = _gradient(left, right, self.sites[site].roles[role][0])
-                self._compare(site, "fprop", (fprop[0], fprop[1]), gradient, samples)
-            if other:
-                self._compare(site, "dgrad" if role == "wgrad" else "wgrad", (other[0], other[1]), exact=other[2])
+            if fprop and "fprop" in here.kinds:
+                gradient = _gradient(left, right, here.roles[role][0])
+                earlier.append(_Case(here.kinds["fprop"], samples, (fprop[0], fprop[1], gradient, None)))
+            if other and opposite in here.kinds:
+                earlier.append(_Case(here.kinds[opposite], 0, (other[0], other[1], None, other[2])))
+            replayed = self.replays.suit((left, right, *fprop, *other))
+            if not replayed:
+                self._compare(site, earlier)
             result = torch.matmul(left, right)
-            self._compare(site, role, (left, right), exact=result)
+            last = [_Case(here.kinds[role], 0, (left, right, None, result))] if role in here.kinds else []
+            if replayed:
+                self._replay(site, [*earlier, *last])
+            else:
+                self._compare(site, last)
         return result
 
-    def _compare(
-        self,
-        site: str,
-        role: str,
-        pair: tuple[Tensor, Tensor],
-        gradient: Tensor | None = None,
-        samples: int = 0,
-        exact: Tensor | None = None,
-    ) -> None:
-        """gradient, samples: of fprop. exact: the result, where it is known."""
-        matmul, assignment = self.sites[site].roles[role]
-        if assignment.precision == "bf16":
-            return
-        rows = pair[0], pair[1].mT
-        quantities: list[Quantized | Tensor] = []
-        sums = self._sums.setdefault((site, role), _Sums(matmul.operands))
-        for place, (x, how) in enumerate(zip(rows, (assignment.left, assignment.right), strict=True)):
-            if how is None:
-                quantities.append(x)
-                continue
-            operand = self._quantized(x, how)
-            self._samples.add(sums.operand(place), operand, how.block)
-            quantities.append(operand)
-        if matmul.operands[0] is Operand.WEIGHT:  # the result has a column for each row of x: compare its transpose
-            rows, quantities = rows[::-1], quantities[::-1]
-            exact = None if exact is None else exact.mT
-        sums.add_result(Compared(rows, quantities, exact, gradient, samples, self.sites[site].parts))
+    def _compare(self, site: str, cases: Sequence[_Case]) -> None:
+        for case in cases:
+            self._comparing(case, self._sums_of(site, case.kind))
 
-    def _quantized(self, x: Tensor, how: Quantization) -> Quantized:
-        """Neighbouring sites often read the same tensor: the last ones are kept for them. A tile has the same elements
-        in a weight and in its transpose."""
-        for known, quantization, operand in self._recent:
-            if quantization == how and _same_memory(known, x):
-                return operand
-            if quantization == how == TILES and _same_memory(known, x.mT):
-                return operand.mT
-        operand = self._quantizer(x, how)
-        self._recent = [(x, how, operand), *self._recent][:RECENT]
-        return operand
+    def _replay(self, site: str, cases: Sequence[_Case]) -> None:
+        """`_compare`, replayed where that was done before."""
+        if not cases:
+            return
+        quantizer, key = self._comparing.quantizer, tuple((case.kind, case.samples) for case in cases)
+        tensors, device = [x for case in cases for x in case.tensors], cases[0].rows[0].device
+        found = self.replays(key, tensors, quantizer.last, device, partial(_at_once, key))
+        if found is None:
+            self._compare(site, cases)
+            return
+        sums, form = iter(found[0]), found[1]
+        quantizer.drawn += form.random
+        for case, shape in zip(cases, form.shapes, strict=True):
+            into = self._sums_of(site, case.kind)
+            into.add_result(next(sums), shape)
+            for place, _, _ in case.quantised:
+                into.operand(place).append(next(sums))
+
+    def _sums_of(self, site: str, kind: _Kind) -> _Sums:
+        return self._sums.setdefault((site, kind.role), _Sums(kind.operands))
 
     def begin(self, batch: int) -> None:
         """Random numbers of a batch are its own, whatever was measured before it."""
-        self._quantizer.begin(batch)
+        self._comparing.quantizer.begin(batch)
 
     def take(self) -> tuple[SiteMeasure, ...]:
         """Every site that was captured, in forward order, and what was measured since the last time.
 
         Raises DataError where a gradient or another operand was not finite.
         """
-        self._samples.finish()
-        sums, self._sums, self._recent = self._sums, {}, []
+        self._comparing.finish()
+        sums, self._sums = self._sums, {}
         unmeasured, self._unmeasured = self._unmeasured, {}
         _fetch([found for one in sums.values() for found in one.kept])
         for (site, role), found in sums.items():
@@ -175,6 +217,72 @@ class Probe:
         )
 
 
+@dataclass
+class _Comparing:
+    """Compares one matmul after the other with the same in FP4."""
+
+    quantizer: Quantizer
+    _samples: Samples = field(default_factory=Samples)
+    _recent: list[tuple[Tensor, Quantization, Quantized]] = field(default_factory=list)
+
+    def __call__(self, case: _Case, sums: _Sums) -> None:
+        rows: Sequence[Tensor] = case.rows
+        quantities: list[Quantized | Tensor] = list(rows)
+        for place, x, how in case.quantised:
+            quantities[place] = operand = self._quantized(x, how)
+            self._samples.add(sums.operand(place), operand, how.block)
+        *_, gradient, exact = case.tensors
+        if case.kind.operands[0] is Operand.WEIGHT:  # the result has a column for each row of x: compare its transpose
+            rows, quantities = rows[::-1], quantities[::-1]
+            exact = None if exact is None else exact.mT
+        compared = Compared(rows, quantities, exact, gradient, case.samples, case.kind.parts)
+        sums.add_result(compared.sums(), compared.shape)
+
+    def _quantized(self, x: Tensor, how: Quantization) -> Quantized:
+        """Neighbouring sites often read the same tensor: the last ones are kept for them, but for random ones, which
+        would then depend on what came before. A tile has the same elements in a weight and in its transpose."""
+        for known, quantization, operand in self._recent:
+            if quantization == how and _same_memory(known, x):
+                return operand
+            if quantization == how == TILES and _same_memory(known, x.mT):
+                return operand.mT
+        operand = self.quantizer(x, how)
+        if how.rounding != "stochastic":
+            self._recent = [(x, how, operand), *self._recent][:RECENT]
+        return operand
+
+    def finish(self) -> None:
+        """Complete all sums, and keep no operand."""
+        self._samples.finish()
+        self._recent = []
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What was found of cases, beside their sums. shapes: of each. random: how many operands drew random numbers. held:
+    tensors that a graph reads, and that are kept elsewhere only while there is room."""
+
+    shapes: tuple[tuple[int, int, int], ...]
+    random: int
+    held: tuple[Tensor, ...]
+
+
+def _at_once(
+    kinds: Sequence[tuple[_Kind, int]], tensors: Sequence[Tensor | None], seed: Tensor
+) -> tuple[list[Tensor], _Form]:
+    """Cases by their kinds, samples and tensors, with nothing shared beyond them. Of each case the sums of its result,
+    then those of its operands."""
+    comparing = _Comparing(Quantizer.after(seed))
+    cases = [_Case(*kind, tensors[TENSORS * place :][:TENSORS]) for place, kind in enumerate(kinds)]
+    found = [_Sums(case.kind.operands) for case in cases]
+    for case, sums in zip(cases, found, strict=True):
+        comparing(case, sums)
+    comparing.finish()
+    held = [drawn(x.shape[:-1].numel(), x.shape[-1], x.device)[:2] for case in cases for _, x, _ in case.quantised]
+    form = _Form(tuple(sums.shape for sums in found), comparing.quantizer.drawn, tuple(chain(*held)))
+    return [x for sums in found for kept in sums.kept for x in kept], form
+
+
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
 
@@ -192,7 +300,7 @@ class _Sums:
 
     def __init__(self, kinds: tuple[Operand, Operand]) -> None:
         self._kinds = kinds
-        self._shape = (0, 0, 0)
+        self.shape = (0, 0, 0)
         self._operations = 0.0
         self._results: list[Tensor] = []
         self._operands: dict[int, list[Tensor]] = {}
@@ -211,10 +319,11 @@ class _Sums:
         """Of the operands, by their place."""
         return {place: _total(found) for place, found in sorted(self._operands.items())}
 
-    def add_result(self, compared: Compared) -> None:
-        self._results.append(compared.sums())
-        self._shape = compared.shape
-        self._operations += 2.0 * math.prod(compared.shape)
+    def add_result(self, sums: Tensor, shape: tuple[int, int, int]) -> None:
+        """See `Compared`."""
+        self._results.append(sums)
+        self.shape = shape
+        self._operations += 2.0 * math.prod(shape)
 
     @property
     def kept(self) -> list[list[Tensor]]:
@@ -227,7 +336,7 @@ class _Sums:
 
     def measure(self, role: str) -> RoleMeasure:
         signal, noise, aligned, *change = self._result
-        m, n, k = self._shape
+        m, n, k = self.shape
         loss = dict(zip(LOSS_TERMS, change, strict=True)) if change else {}
         return RoleMeasure(
             role=role,

@@ -14,8 +14,8 @@ from nvfp4c.dialect import Quantization
 from nvfp4c.region import Axis, Form, Output, Region, reduction
 
 OPERAND_BITS, BATCH_BITS, SEED_BITS = 20, 20, 23
-"""Of a seed of stochastic rounding, from the lowest on: which operand of a batch, which batch, and the user's seed. A
-stream for each operand would do too, but a GPU's launches are prepared for every stream anew."""
+"""Of a seed of stochastic rounding, from the lowest on: which such operand of a batch, which batch, and the user's
+seed. A stream for each operand would do too, but a GPU's launches are prepared for every stream anew."""
 
 
 @dataclass(frozen=True)
@@ -82,28 +82,42 @@ def _regions(how: Quantization, axis: Axis) -> tuple[str, str]:
 
 @dataclass
 class Quantizer:
-    """Quantises one operand after the other, each with random numbers of its own. seed: of stochastic rounding."""
+    """Quantises one operand after the other, each with random numbers of its own. seed: of stochastic rounding. drawn:
+    how many operands of this batch were rounded so."""
 
     seed: int = 0
-    _operand: int = 0
+    drawn: int = 0
     _batch: int = 0
     _seeds: dict[torch.device, Tensor] = field(default_factory=dict)
 
+    @staticmethod
+    def after(seed: Tensor) -> Quantizer:
+        """As one that begins after the last seed that another used, read where it lies."""
+        return Quantizer(_seeds={seed.device: seed})
+
     def begin(self, batch: int) -> None:
         """Random numbers of a batch are its own, whatever was quantised before it."""
-        self._batch, self._operand, self._seeds = batch, 0, {}
+        self._batch, self.drawn, self._seeds = batch, 0, {}
 
     def __call__(self, x: Tensor, how: Quantization) -> Quantized:
         """x: as in `quantized`."""
-        self._operand += 1
         return quantized(x, how, self._seed(x.device) if how.rounding == "stochastic" else None)
+
+    @property
+    def last(self) -> int:
+        """The last seed that was used, or the one before a batch's first."""
+        return self._of_batch + self.drawn
+
+    @property
+    def _of_batch(self) -> int:
+        return (self.seed % (1 << SEED_BITS) << BATCH_BITS | self._batch) << OPERAND_BITS
 
     def _seed(self, device: torch.device) -> Tensor:
         """Computed where it is needed: a number sent there would be waited for."""
         if device not in self._seeds:
-            of_batch = (self.seed % (1 << SEED_BITS) << BATCH_BITS | self._batch) << OPERAND_BITS
-            self._seeds[device] = torch.full((), of_batch, dtype=torch.int64, device=device)
-        return self._seeds[device] + self._operand
+            self._seeds[device] = torch.full((), self._of_batch, dtype=torch.int64, device=device)
+        self.drawn += 1
+        return self._seeds[device] + self.drawn
 
 
 def product(left: Quantized | Tensor, right: Quantized | Tensor) -> Tensor:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nvfp4c.recipe import Recipe
-from nvfp4c.sensitivity.measure import everywhere, measure
+from nvfp4c.sensitivity.intercepted import observed
+from nvfp4c.sensitivity.measure import everywhere, measure, measure_batch
 from nvfp4c.sensitivity.measurements import LOSS_TERMS, Measurements
+from nvfp4c.sensitivity.probe import Probe
+from nvfp4c.sensitivity.replayed import Replays
 from nvfp4c.sensitivity.switched import SwitchedModel
 
 # What is compared is a GPU with the CPU.
@@ -75,6 +80,26 @@ def test_a_run_is_repeated_with_stochastic_rounding() -> None:
     assert (
         measured("cuda", torch.bfloat16, Recipe("all")).sites == measured("cuda", torch.bfloat16, Recipe("all")).sites
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_replayed_is_what_is_computed(dtype: torch.dtype) -> None:
+    """To the last bit: the first batch is computed, in the second what then is replayed is captured."""
+    batches = [torch.randn(4, 48, 96, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    found, probes = [], []
+    for replays in (Replays[Any](), Replays[Any](small=0)):
+        torch._dynamo.reset()
+        probe, model = Probe(replays=replays), network().to("cuda", dtype)
+        watched = observed(model, everywhere(Recipe("all")), probe)
+        parts = []
+        for number, batch in enumerate(batches):
+            parts.append(measure_batch(model, watched, batch.to("cuda", dtype), loss, probe, number, {}))
+        found.append([part.sites for part in parts])
+        probes.append(probe)
+    replayed, computed = probes
+    assert len(replayed.replays.recorded) == 3 and not computed.replays.recorded
+    assert found[0] == found[1]
+    assert found[0][1] != found[0][2]
 
 
 def test_switches_give_the_loss_that_they_give_on_the_cpu() -> None:

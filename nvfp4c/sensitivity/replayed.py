@@ -1,0 +1,168 @@
+"""Work on small tensors, on a GPU captured as a CUDA graph and replayed: a few launches in place of some sixty.
+
+    tensors ── copied side by side into one buffer ── the graph of their signature ── sums, copied out of it
+Whatever has the same signature shares a graph, as layers of the same shape do. Its first time is as without graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from threading import Lock
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+SMALL = 64 << 20
+"""Bytes of tensors. Work on more takes a GPU longer than Python takes to launch it, and memory for the graphs."""
+
+GRAPHS = 512
+"""That are kept at most: sizes may be dynamic."""
+
+ALIGNED = 256
+"""Bytes: a copy lies as its tensor does to a multiple of these, so the same kernels are chosen for it."""
+
+Form = TypeVar("Form")
+Work = Callable[[Sequence[Tensor | None], Tensor], tuple[list[Tensor], Form]]
+"""Of tensors and a seed, an int64 scalar, that it reads where they lie: sums, of one axis each, and what depends on the
+signature alone."""
+
+_capturing = Lock()
+"""There may be one capture at a time, and each device has a thread of its own for backward passes."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """All that captured work depends on but what is in its tensors. key: of what it does. memories: the distinct ones,
+    by where they lie to a multiple of ALIGNED, type and length. views: which of them each tensor is a view of, and how;
+    what shares memory shares it in a graph too."""
+
+    key: Hashable
+    device: torch.device
+    memories: tuple[tuple[int, torch.dtype, int], ...]
+    views: tuple[tuple[int, Sequence[int], Sequence[int]] | None, ...]
+
+
+def signed(key: Hashable, tensors: Sequence[Tensor | None], device: torch.device) -> tuple[Signature, list[Tensor]]:
+    """The signature, and its memories, each of one axis. A tensor's memory is all from its first to its last element:
+    so it may be expanded, or have gaps."""
+    places: dict[tuple[int, torch.dtype, int], int] = {}
+    memories: list[Tensor] = []
+    views: list[tuple[int, Sequence[int], Sequence[int]] | None] = []
+    for x in tensors:
+        if x is None:
+            views.append(None)
+            continue
+        shape, strides = x.shape, x.stride()
+        length = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True)) if x.numel() else 0
+        memory = x.data_ptr(), x.dtype, length
+        if memory not in places:
+            places[memory] = len(places)
+            memories.append(x.as_strided((length,), (1,)))
+        views.append((places[memory], shape, strides))
+    lie = tuple((address % ALIGNED, dtype, length) for address, dtype, length in places)
+    return Signature(key, device, lie, tuple(views)), memories
+
+
+class Graphs:
+    """CUDA graphs that share memory: they are replayed one after the other, and what one finds is copied at once."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def possible(self, device: torch.device) -> bool:
+        """Whether work there can be captured and replayed now."""
+        return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+    def record(self, work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], None]]:
+        """What the work returns, and what fills that in."""
+        with torch.cuda.device(device), _capturing:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph, aside = torch.cuda.CUDAGraph(), _aside(device)
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                try:
+                    found = work()
+                finally:
+                    graph.capture_end()
+            torch.cuda.current_stream().wait_stream(aside)
+        return found, graph.replay
+
+
+@cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """Where graphs are captured: on one stream, for cuBLAS keeps memory for each."""
+    return torch.cuda.Stream(device)
+
+
+@dataclass(frozen=True)
+class Recorded(Generic[Form]):
+    """inputs: where memories are copied to. found: the sums, one after the other. sizes: of each. form: what else the
+    work returned."""
+
+    inputs: list[Tensor]
+    seed: Tensor
+    found: Tensor
+    sizes: list[int]
+    form: Form
+    replay: Callable[[], None]
+
+
+@dataclass
+class Replays(Generic[Form]):
+    """Work that is replayed where it can be. small: how many bytes its tensors may have."""
+
+    small: int = SMALL
+    graphs: Graphs = field(default_factory=Graphs)
+    recorded: dict[Signature, Recorded[Form]] = field(default_factory=dict)
+    _met: set[Signature] = field(default_factory=set)
+    _buffers: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def suit(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether work on such tensors may be replayed."""
+        if not self.graphs.possible(tensors[0].device):
+            return False
+        return sum({x.data_ptr(): x.nbytes for x in tensors}.values()) <= self.small
+
+    def __call__(
+        self, key: Hashable, tensors: Sequence[Tensor | None], seed: int, device: torch.device, work: Work[Form]
+    ) -> tuple[Sequence[Tensor], Form] | None:
+        """What the work returns; the sums may be of a wider type. None for what has not been met before: let the caller
+        do that as ever, which compiles its kernels. key: of all that the work depends on but its arguments."""
+        signature, memories = signed(key, tensors, device)
+        known = self.recorded.get(signature)
+        if known is None:
+            if signature not in self._met or len(self.recorded) >= GRAPHS:
+                self._met.add(signature)
+                return None
+            known = self.recorded[signature] = self._record(signature, memories, work)
+        torch._foreach_copy_(known.inputs, memories)  # in one launch, where all are of one type
+        known.seed.fill_(seed)
+        known.replay()
+        return known.found.clone().split(known.sizes), known.form
+
+    def _record(self, signature: Signature, memories: list[Tensor], work: Work[Form]) -> Recorded[Form]:
+        inputs, device = self._inputs(signature), signature.device
+        views = [None if one is None else inputs[one[0]].as_strided(one[1], one[2]) for one in signature.views]
+        seed = torch.zeros((), dtype=torch.int64, device=device)
+        torch._foreach_copy_(inputs, memories)
+        sums, form = work(views, seed)  # whatever is made once and kept has to be there before a capture
+        found, replay = self.graphs.record(lambda: torch.cat(work(views, seed)[0]), device)
+        return Recorded(inputs, seed, found, [len(one) for one in sums], form, replay)
+
+    def _inputs(self, signature: Signature) -> list[Tensor]:
+        """Places for the memories of a signature, in a buffer for all graphs of a device; larger than the last where
+        that does not suffice."""
+        places, end = [], 0
+        for lies, dtype, length in signature.memories:
+            start = -(-end // ALIGNED) * ALIGNED + lies
+            end = start + length * dtype.itemsize
+            places.append((start, end, dtype))
+        buffer = self._buffers.get(signature.device)
+        if buffer is None or len(buffer) < end:
+            size = 1 << max(end - 1, 0).bit_length()  # so that outgrown ones are no more than the last
+            buffer = self._buffers[signature.device] = torch.empty(size, dtype=torch.uint8, device=signature.device)
+        return [buffer[start:end].view(dtype) for start, end, dtype in places]
