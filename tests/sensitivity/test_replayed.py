@@ -144,7 +144,7 @@ def test_seeds_are_counted_alike() -> None:
 
 
 def test_layers_of_one_shape_share_a_graph(alone: None) -> None:
-    """The third's gradient lies elsewhere than the others', but in no other way."""
+    """Wherever their tensors lie: of three layers there are two graphs, in one buffer or one that outgrew it."""
     replays: Replays[Any] = Replays(graphs=Again())
     passes(Twins, Probe(replays=replays), [batch_of(seed) for seed in range(3)])
     kinds = {tuple(kind.role for kind, _ in one.key) for one in replays.recorded}  # type: ignore[attr-defined]
@@ -192,7 +192,7 @@ def test_a_copy_lies_as_its_tensor_does() -> None:
 
 
 def test_large_sites_are_computed_as_ever(alone: None) -> None:
-    """Of the three layers' tensors those of the last are the fewest."""
+    """Of three layers the last has the smallest tensors."""
     graphs, batches = Again(), [batch_of(seed) for seed in range(3)]
     x, w, dy, result = 32 * 32, 24 * 32, 32 * 24, 32 * 32
     replays: Replays[Any] = Replays(small=4 * (x + w + dy + result), graphs=graphs)
