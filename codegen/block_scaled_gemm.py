@@ -31,13 +31,13 @@ from nvfp4c import dialect
 from nvfp4c.codegen.assembly import Assembly, assemble
 from nvfp4c.codegen.device_math import (
     bits_float,
-    e2m1_value,
     e4m3_value,
     float_bits,
     global_factor,
     to_bfloat16,
     to_float32,
 )
+from nvfp4c.codegen.e2m1 import e2m1_value
 from nvfp4c.errors import TargetError
 from nvfp4c.scale_layout import TILE_BLOCKS
 

@@ -36,10 +36,6 @@ from nvfp4c.codegen.device_math import (
     bits_float,
     block_amax,
     block_scale,
-    e2m1_bytes,
-    e2m1_rounded,
-    e2m1_stochastic_bytes,
-    e2m1_stochastic_rounded,
     e4m3_value,
     encode_scale,
     float_bits,
@@ -67,6 +63,7 @@ from nvfp4c.codegen.device_math import (
     to_dtype,
     to_float32,
 )
+from nvfp4c.codegen.e2m1 import e2m1_bytes, e2m1_rounded, e2m1_stochastic_bytes, e2m1_stochastic_rounded
 from nvfp4c.codegen.kernels import {from_kernels}
 {more}
 '''

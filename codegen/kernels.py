@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nvfp4c.codegen.device_math import e2m1_value, e4m3_value, global_factor, settle_names, to_bfloat16
+from nvfp4c.codegen.device_math import e4m3_value, global_factor, settle_names, to_bfloat16
+from nvfp4c.codegen.e2m1 import e2m1_value
 
 
 @triton.jit

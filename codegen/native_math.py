@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs
 # (Triton compiles these functions from their source; their arguments are not Python values.)
-"""Packed E2M1 codes, eight to a word: by the instructions of sm_100 and newer, and where they lack by `device_math`.
+"""Packed E2M1 codes, eight to a word: by the instructions of sm_100 and newer, and where they lack by `e2m1`.
 
 Either way they are the same. NATIVE: what the chip converts itself, as in `chips`.
 
@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 
 from nvfp4c.codegen import chips
-from nvfp4c.codegen.device_math import e2m1_code, e2m1_stochastic_code, random_byte
+from nvfp4c.codegen.device_math import random_byte
+from nvfp4c.codegen.e2m1 import e2m1_code, e2m1_stochastic_code
 
 NEAREST, STOCHASTIC = tl.constexpr(chips.NEAREST), tl.constexpr(chips.STOCHASTIC)
 

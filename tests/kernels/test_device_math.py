@@ -13,7 +13,7 @@ from interpreter import needs_dropped_nan
 from torch import Tensor
 
 from nvfp4c import numerics, philox
-from nvfp4c.codegen import chips, device_math, operations
+from nvfp4c.codegen import chips, device_math, e2m1, operations
 from nvfp4c.formats import BLOCK, DEFAULT_SIGNS, E2M1_MAX, E4M3_MAX, FP32_MAX, ROW_BLOCK, signs_from_seed
 
 SIZE = 1024
@@ -25,18 +25,19 @@ NATIVE = [False, True] if HAS_E4M3 else [False]
 block_amax = device_math.block_amax
 block_scale = device_math.block_scale
 bfloat16_pair = device_math.bfloat16_pair
-e2m1_bytes = device_math.e2m1_bytes
-e2m1_code = device_math.e2m1_code
-e2m1_rounded = device_math.e2m1_rounded
-e2m1_stochastic_bytes = device_math.e2m1_stochastic_bytes
-e2m1_stochastic_code = device_math.e2m1_stochastic_code
-e2m1_stochastic_rounded = device_math.e2m1_stochastic_rounded
-e2m1_value = device_math.e2m1_value
+e2m1_bytes = e2m1.e2m1_bytes
+e2m1_code = e2m1.e2m1_code
+e2m1_rounded = e2m1.e2m1_rounded
+e2m1_stochastic_bytes = e2m1.e2m1_stochastic_bytes
+e2m1_stochastic_code = e2m1.e2m1_stochastic_code
+e2m1_stochastic_rounded = e2m1.e2m1_stochastic_rounded
+e2m1_value = e2m1.e2m1_value
 e4m3_byte = device_math.e4m3_byte
 e4m3_byte_native = device_math.e4m3_byte_native
 e4m3_value = device_math.e4m3_value
 encode_scale = device_math.encode_scale
 float_bits = device_math.float_bits
+halves = device_math.halves
 larger = device_math.larger
 larger_half = device_math.larger_half
 larger_pair = device_math.larger_pair
@@ -46,7 +47,6 @@ random_byte = device_math.random_byte
 random_bytes = device_math.random_bytes
 random_words = device_math.random_words
 rotate = device_math.rotate
-round_bfloat16 = device_math.round_bfloat16
 to_bfloat16 = device_math.to_bfloat16
 to_float32 = device_math.to_float32
 
@@ -97,9 +97,9 @@ def stochastic_kernel(x, random, code, value, first, last, NATIVE: tl.constexpr,
 
 
 @triton.jit
-def round_bfloat16_kernel(x, y, rounded, other, narrow, SIZE: tl.constexpr):
+def bfloat16_pair_kernel(x, y, rounded, other, narrow, SIZE: tl.constexpr):
     place = place_of(SIZE)
-    first, second = round_bfloat16(tl.load(x + place), tl.load(y + place))
+    first, second = halves(bfloat16_pair(tl.load(x + place), tl.load(y + place)))
     tl.store(rounded + place, first)
     tl.store(other + place, second)
     tl.store(narrow + place, to_bfloat16(first))
@@ -308,13 +308,13 @@ def test_stochastic_agrees_on_special_values(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("below", [0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
-def test_round_bfloat16_agrees_for_every_upper_half(device: torch.device, below: int) -> None:
+def test_bfloat16_pair_agrees_for_every_upper_half(device: torch.device, below: int) -> None:
     """below: the lower half of the float32, on, next to and far from the tie. The two results do not mix."""
     bits = (torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32) << 16) | below
     x = bits.view(torch.float32)
     y = x.flip(0).contiguous()
     outputs = [torch.float32, torch.float32, torch.bfloat16]
-    first, second, narrow = apply_all(round_bfloat16_kernel, device, x, y, out=outputs)
+    first, second, narrow = apply_all(bfloat16_pair_kernel, device, x, y, out=outputs)
     assert same(first, x.bfloat16().float())
     assert same(second, y.bfloat16().float())
     assert same(narrow, x.bfloat16())
