@@ -333,7 +333,7 @@ def load_blocks(
     WIDTH: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """float32 COUNT elements of each block, starting at FROM: [R, B, COUNT], 0 outside of `rows` and `columns`.
+    """COUNT elements of each block, float32, starting at FROM: [R, B, COUNT], 0 outside of `rows` and `columns`.
 
     A thread loads WIDTH elements at a time and so holds whole blocks.
     """

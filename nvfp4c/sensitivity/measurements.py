@@ -16,7 +16,7 @@ from nvfp4c.errors import DataError
 from nvfp4c.files import write_text
 from nvfp4c.sensitivity.intervals import mean_and_error
 
-VERSION = 2
+VERSION = 3
 OCTAVES = 32
 """Bins of a histogram of magnitudes: bin i counts amax * 2^-(i+1) < |x| <= amax * 2^-i, the last also all below it."""
 

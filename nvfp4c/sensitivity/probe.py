@@ -27,7 +27,7 @@ from nvfp4c.sensitivity.intercepted import plain
 from nvfp4c.sensitivity.measurements import LOSS_TERMS, OCTAVES, OperandMeasure, RoleMeasure, SiteMeasure
 from nvfp4c.sensitivity.quantized import Quantized, Quantizer
 from nvfp4c.sensitivity.replayed import Replays
-from nvfp4c.sensitivity.samples import Samples, drawn
+from nvfp4c.sensitivity.samples import Samples, sampled
 from nvfp4c.sites import ModelNames
 
 NO_GRADIENT = "no gradient reaches it, so what it does to the loss cannot be measured"
@@ -167,12 +167,14 @@ class Probe:
             return
         quantizer, key = self._comparing.quantizer, tuple((case.kind, case.samples) for case in cases)
         tensors, device = [x for case in cases for x in case.tensors], cases[0].rows[0].device
-        found = self.replays(key, tensors, quantizer.last, device, partial(_at_once, key))
+        seed, random = quantizer.last, sum(how.rounding == "stochastic" for case in cases for *_, how in case.quantised)
+        quantizer.drawn += random
+        found = self.replays(key, tensors, seed, device, partial(_at_once, key))
         if found is None:
+            quantizer.drawn -= random
             self._compare(site, cases)
             return
         sums, form = iter(found[0]), found[1]
-        quantizer.drawn += form.random
         for case, shape in zip(cases, form.shapes, strict=True):
             into = self._sums_of(site, case.kind)
             into.add_result(next(sums), shape)
@@ -259,11 +261,10 @@ class _Comparing:
 
 @dataclass(frozen=True)
 class _Form:
-    """What was found of cases, beside their sums. shapes: of each. random: how many operands drew random numbers. held:
-    tensors that a graph reads, and that are kept elsewhere only while there is room."""
+    """What was found of cases, beside their sums. shapes: of each. held: tensors that a graph reads, and that are kept
+    elsewhere only while there is room."""
 
     shapes: tuple[tuple[int, int, int], ...]
-    random: int
     held: tuple[Tensor, ...]
 
 
@@ -278,8 +279,8 @@ def _at_once(
     for case, sums in zip(cases, found, strict=True):
         comparing(case, sums)
     comparing.finish()
-    held = [drawn(x.shape[:-1].numel(), x.shape[-1], x.device)[:2] for case in cases for _, x, _ in case.quantised]
-    form = _Form(tuple(sums.shape for sums in found), comparing.quantizer.drawn, tuple(chain(*held)))
+    held = [sampled(x.shape, how.signs is not None, x.device) for case in cases for _, x, how in case.quantised]
+    form = _Form(tuple(sums.shape for sums in found), tuple(chain(*held)))
     return [x for sums in found for kept in sums.kept for x in kept], form
 
 

@@ -2,13 +2,14 @@
 
     tensors ── copied side by side into one buffer ── the graph of their signature ── sums, copied out of it
 Whatever has the same signature shares a graph, as layers of the same shape do. Its first time is as without graphs.
+Graphs share their memory, so all of them are replayed on one stream: the default one.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +21,9 @@ SMALL = 64 << 20
 
 GRAPHS = 512
 """That are kept at most: sizes may be dynamic."""
+
+CAPTURE_BYTES = 1 << 30
+"""Of a GPU's memory that a capture should find free: it cannot use what PyTorch keeps for other tensors."""
 
 ALIGNED = 256
 """Bytes: a copy lies as its tensor does to a multiple of these, so the same kernels are chosen for it."""
@@ -45,9 +49,14 @@ class Signature:
     views: tuple[tuple[int, Sequence[int], Sequence[int]] | None, ...]
 
 
+def _memory(x: Tensor) -> tuple[int, torch.dtype, int]:
+    """Where a tensor's first element is, and how many there are up to its last: it may be expanded, or have gaps."""
+    steps = zip(x.shape, x.stride(), strict=True)
+    return x.data_ptr(), x.dtype, 1 + sum((size - 1) * step for size, step in steps) if x.numel() else 0
+
+
 def signed(key: Hashable, tensors: Sequence[Tensor | None], device: torch.device) -> tuple[Signature, list[Tensor]]:
-    """The signature, and its memories, each of one axis. A tensor's memory is all from its first to its last element:
-    so it may be expanded, or have gaps."""
+    """The signature, and its memories, each of one axis: all from a tensor's first to its last element."""
     places: dict[tuple[int, torch.dtype, int], int] = {}
     memories: list[Tensor] = []
     views: list[tuple[int, Sequence[int], Sequence[int]] | None] = []
@@ -55,13 +64,11 @@ def signed(key: Hashable, tensors: Sequence[Tensor | None], device: torch.device
         if x is None:
             views.append(None)
             continue
-        shape, strides = x.shape, x.stride()
-        length = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True)) if x.numel() else 0
-        memory = x.data_ptr(), x.dtype, length
+        memory = _memory(x)
         if memory not in places:
             places[memory] = len(places)
-            memories.append(x.as_strided((length,), (1,)))
-        views.append((places[memory], shape, strides))
+            memories.append(x.as_strided((memory[2],), (1,)))
+        views.append((places[memory], x.shape, x.stride()))
     lie = tuple((address % ALIGNED, dtype, length) for address, dtype, length in places)
     return Signature(key, device, lie, tuple(views)), memories
 
@@ -71,31 +78,33 @@ class Graphs:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._aside: dict[torch.device, torch.cuda.Stream] = {}
 
     def possible(self, device: torch.device) -> bool:
-        """Whether work there can be captured and replayed now."""
-        return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+        """Whether work there can be captured and replayed now: on the default stream, which nobody else captures, and
+        where PyTorch keeps memory apart for graphs."""
+        if device.type != "cuda" or os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
+            return False
+        return torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
 
     def record(self, work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], None]]:
         """What the work returns, and what fills that in."""
         with torch.cuda.device(device), _capturing:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            graph, aside = torch.cuda.CUDAGraph(), _aside(device)
+            if torch.cuda.mem_get_info(device)[0] < CAPTURE_BYTES:
+                torch.cuda.empty_cache()
+            graph, pool = torch.cuda.CUDAGraph(), self._pool or torch.cuda.graph_pool_handle()
+            # Of each Graphs its own, for cuBLAS keeps memory for a stream, in the pool of the first graph there.
+            aside = self._aside.get(device) or self._aside.setdefault(device, torch.cuda.Stream(device))
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
-                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                graph.capture_begin(pool, capture_error_mode="thread_local")
                 try:
                     found = work()
                 finally:
                     graph.capture_end()
             torch.cuda.current_stream().wait_stream(aside)
+            self._pool = pool
         return found, graph.replay
-
-
-@cache
-def _aside(device: torch.device) -> torch.cuda.Stream:
-    """Where graphs are captured: on one stream, for cuBLAS keeps memory for each."""
-    return torch.cuda.Stream(device)
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,7 @@ class Replays(Generic[Form]):
         """Whether work on such tensors may be replayed."""
         if not self.graphs.possible(tensors[0].device):
             return False
-        return sum({x.data_ptr(): x.nbytes for x in tensors}.values()) <= self.small
+        return sum(length * dtype.itemsize for _, dtype, length in set(map(_memory, tensors))) <= self.small
 
     def __call__(
         self, key: Hashable, tensors: Sequence[Tensor | None], seed: int, device: torch.device, work: Work[Form]

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from nvfp4c import numerics
-from nvfp4c.formats import BLOCK, E2M1_MAX, GLOBAL_MAX, TILE_BLOCK
+from nvfp4c.formats import BLOCK, E2M1_MAX, GLOBAL_MAX, TILE_BLOCK, padded
 from nvfp4c.sensitivity.measurements import OCTAVES, SCALE_BINS
 from nvfp4c.sensitivity.quantized import Quantized
 
@@ -63,6 +63,12 @@ def drawn(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor
     elements = sum(min(BLOCK, rows - BLOCK * i) * min(BLOCK, columns - BLOCK * j) for i, j in tiles)
     down, right = torch.tensor(tiles, dtype=torch.int64).reshape(-1, 2).t().contiguous()
     return down.to(device), right.to(device), elements
+
+
+def sampled(shape: torch.Size, rotated: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The places that `statistics_on_gpu` reads of an operand [.., M, K] of this shape. One that is rotated has whole
+    blocks."""
+    return drawn(shape[:-1].numel(), padded(shape[-1]) if rotated else shape[-1], device)[:2]
 
 
 def _whole(rows: int) -> int:

@@ -76,24 +76,26 @@ def e2m1_value_kernel(x, out, SIZE: tl.constexpr):
 
 
 @triton.jit
-def nearest_kernel(x, code, value, both, NATIVE: tl.constexpr, SIZE: tl.constexpr):
+def nearest_kernel(x, code, value, both, turned, NATIVE: tl.constexpr, SIZE: tl.constexpr):
     place = place_of(SIZE)
     y = tl.load(x + place)
     tl.store(code + place, e2m1_code(y))
     tl.store(value + place, e2m1_rounded(y, NATIVE))
     tl.store(both + place, e2m1_bytes(y, 1.5 - y))
+    tl.store(turned + place, e2m1_bytes(1.5 - y, y))
 
 
 @triton.jit
-def stochastic_kernel(x, random, code, value, first, last, NATIVE: tl.constexpr, SIZE: tl.constexpr):
+def stochastic_kernel(x, random, code, value, both, turned_both, NATIVE: tl.constexpr, SIZE: tl.constexpr):
     place = place_of(SIZE)
     y = tl.load(x + place)
     octet = tl.load(random + place)
     tl.store(code + place, e2m1_stochastic_code(y, octet))
     tl.store(value + place, e2m1_stochastic_rounded(y, octet, NATIVE))
     word = (octet | ((255 - octet) << 8)).to(tl.uint32)
-    tl.store(first + place, e2m1_stochastic_bytes(y, 1.5 - y, word, 0))
-    tl.store(last + place, e2m1_stochastic_bytes(y, 1.5 - y, word << 16, 2))
+    turned = (((255 - octet) << 16) | (octet << 24)).to(tl.uint32)
+    tl.store(both + place, e2m1_stochastic_bytes(y, 1.5 - y, word, 0))
+    tl.store(turned_both + place, e2m1_stochastic_bytes(1.5 - y, y, turned, 2))
 
 
 @triton.jit
@@ -118,10 +120,11 @@ def larger_kernel(x, y, out, SIZE: tl.constexpr):
 
 
 @triton.jit
-def larger_pair_kernel(x, y, z, out, NATIVE: tl.constexpr, SIZE: tl.constexpr):
+def larger_pair_kernel(x, y, z, low, high, NATIVE: tl.constexpr, SIZE: tl.constexpr):
     place = place_of(SIZE)
-    first = bfloat16_pair(tl.load(x + place), tl.load(y + place))
-    tl.store(out + place, larger_half(larger_pair(first, bfloat16_pair(tl.load(z + place), 0.0 * first), NATIVE)))
+    first, other = bfloat16_pair(tl.load(x + place), tl.load(y + place)), tl.load(z + place)
+    tl.store(low + place, larger_half(larger_pair(first, bfloat16_pair(other, 0.0 * first), NATIVE)))
+    tl.store(high + place, larger_half(larger_pair(first, bfloat16_pair(0.0 * first, other), NATIVE)))
 
 
 @triton.jit
@@ -252,11 +255,12 @@ def clamped(x: Tensor) -> Tensor:
 
 
 def check_nearest(device: torch.device, x: Tensor, native: bool) -> None:
-    outputs = [torch.int32, torch.float32, torch.uint8]
-    codes, values, both = apply_all(nearest_kernel, device, x, out=outputs, NATIVE=native)
-    expected = numerics.encode_e2m1(clamped(x))
+    outputs = [torch.int32, torch.float32, torch.uint8, torch.uint8]
+    codes, values, both, turned = apply_all(nearest_kernel, device, x, out=outputs, NATIVE=native)
+    expected, other = numerics.encode_e2m1(clamped(x)), numerics.encode_e2m1(clamped(1.5 - x))
     assert torch.equal(codes, expected.int())
-    assert torch.equal(both, expected + 16 * numerics.encode_e2m1(clamped(1.5 - x)))
+    assert torch.equal(both, expected + 16 * other)
+    assert torch.equal(turned, other + 16 * expected)
     # A zero may have lost its sign; what NaN becomes does not matter, for its scale is NaN.
     number = ~x.isnan()
     assert torch.equal(values[number], numerics.decode_e2m1(expected)[number])
@@ -276,10 +280,11 @@ def check_stochastic(device: torch.device, x: Tensor, octets: Tensor) -> None:
     other = numerics.encode_e2m1(clamped(1.5 - x), 255 - octets)
     number = ~x.isnan()
     for native in NATIVE:
-        codes, values, *both = apply_all(stochastic_kernel, device, x, octets.int(), out=outputs, NATIVE=native)
+        codes, values, both, turned = apply_all(stochastic_kernel, device, x, octets.int(), out=outputs, NATIVE=native)
         assert torch.equal(codes, expected.int())
         assert torch.equal(values[number], numerics.decode_e2m1(expected)[number])
-        assert all(torch.equal(found, expected + 16 * other) for found in both)
+        assert torch.equal(both, expected + 16 * other)
+        assert torch.equal(turned, other + 16 * expected)
 
 
 @pytest.mark.parametrize("low, high", [(0.0, 0.5), (0.5, 1.0), (1.5, 2.0), (2.0, 3.0), (3.0, 4.0), (4.0, 6.0)])
@@ -336,8 +341,9 @@ def test_the_larger_of_two_is_nan_if_one_is(device: torch.device) -> None:
 def test_the_larger_of_two_pairs(device: torch.device, native: bool) -> None:
     values = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0**-133, -3e38, torch.inf, -torch.inf, torch.nan]).bfloat16().float()
     x, y, z = (one.reshape(-1) for one in torch.meshgrid(values, values, values, indexing="ij"))
-    found = apply(larger_pair_kernel, device, x, y, z, out=torch.float32, NATIVE=native)
-    assert same(found, torch.maximum(torch.maximum(x.abs(), y.abs()), z.abs()))
+    expected = torch.maximum(torch.maximum(x.abs(), y.abs()), z.abs())
+    for found in apply_all(larger_pair_kernel, device, x, y, z, out=[torch.float32] * 2, NATIVE=native):
+        assert same(found, expected)
 
 
 def test_the_amax_of_blocks(device: torch.device) -> None:

@@ -16,7 +16,7 @@ from nvfp4c.sensitivity.intercepted import observed
 from nvfp4c.sensitivity.measure import everywhere
 from nvfp4c.sensitivity.measurements import SiteMeasure
 from nvfp4c.sensitivity.probe import Probe
-from nvfp4c.sensitivity.quantized import Quantizer
+from nvfp4c.sensitivity.quantized import Quantized, Quantizer
 from nvfp4c.sensitivity.replayed import Graphs, Replays, signed
 
 STOCHASTIC = Recipe("all")
@@ -199,6 +199,33 @@ def test_large_sites_are_computed_as_ever(alone: None) -> None:
     found = passes(mlp, Probe(replays=replays), batches)
     assert len(replays.recorded) == 1 and graphs.replays == 2
     assert found == passes(mlp, Probe(), batches)
+
+
+def test_a_site_is_as_large_as_what_would_be_copied() -> None:
+    """The first token of each sample lies far from the next one's."""
+    hidden = torch.empty(64, 128, 32)
+    replays: Replays[Any] = Replays(small=4 * 64 * 128 * 32, graphs=Again())
+    assert replays.suit((hidden, hidden[:, 0], hidden.mT)) is False
+    assert replays.suit((hidden, hidden.mT)) and replays.suit((hidden[:, 0],))
+    assert not Replays[Any](small=4 * 64 * 32, graphs=Again()).suit((hidden[:, 0],))
+
+
+@pytest.mark.parametrize("tokens", [8, 5])
+def test_what_a_graph_reads_is_held(alone: None, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """Where tiles of operands are drawn from is remembered for so many shapes only. A rotated operand has whole blocks,
+    however many rows it is made of."""
+    read: list[Tensor] = []
+
+    def sample(operand: Quantized, block: tuple[int, int]) -> samples.Sample:
+        read.extend(samples.drawn(operand.source.shape[:-1].numel(), operand.source.shape[-1], torch.device("cpu"))[:2])
+        return looked(operand, block)
+
+    looked = samples.sample
+    monkeypatch.setattr(samples, "sample", sample)
+    replays: Replays[Any] = Replays(graphs=Again())
+    passes(mlp, Probe(replays=replays), [batch_of(0, tokens)] * 3)
+    held = {id(x) for one in replays.recorded.values() for x in one.form.held}
+    assert {id(x) for x in read} <= held
 
 
 def test_no_copy_is_kept_for_the_next_site(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
