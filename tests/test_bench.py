@@ -20,7 +20,7 @@ from nvfp4c import dialect, numerics
 from nvfp4c.bench import compile_time, kernel_cases, kernels, timing, train
 from nvfp4c.bench import variants as bench_variants
 from nvfp4c.bench.compile_time import CompileTime
-from nvfp4c.bench.fake_quantized import FakeQuantizedLinear, fake_quantized, hadamard_matrix, rotated
+from nvfp4c.bench.fake_quantized import FakeQuantizedLinear, fake_quantized, hadamard_matrix, rotated, rounded
 from nvfp4c.bench.kernel_cases import Case, Ceiling
 from nvfp4c.bench.llama import SIZES, Llama
 from nvfp4c.bench.memory import Memory
@@ -244,6 +244,14 @@ def test_fake_quantisation_is_the_references(monkeypatch):
     assert torch.equal(x.grad, exact(dy, rounding="stochastic") @ weight)
     left = exact(dy.t(), rounding="stochastic", signs=DEFAULT_SIGNS)
     assert torch.equal(linear.weight.grad, left @ exact(x.detach().t(), signs=DEFAULT_SIGNS).t())
+
+
+@pytest.mark.parametrize("byte", [None, 0, 77, 255])
+def test_fake_rounding_is_the_references(byte: int | None):
+    """Between all codes, on ties and on the thresholds of random bytes."""
+    y = torch.cat([torch.arange(-6, 6.01, 2.0**-10), torch.randn(1000).clamp(-6, 6)])
+    bits = None if byte is None else torch.full(y.shape, byte, dtype=torch.uint8)
+    assert torch.equal(rounded(y, bits), numerics.round_e2m1(y, bits))
 
 
 def test_the_matrix_is_the_transform():

@@ -21,7 +21,6 @@ from nvfp4c.formats import (
     ROW_BLOCK,
     TILE_BLOCK,
     block_count,
-    padded,
     sylvester_hadamard,
 )
 
@@ -31,11 +30,24 @@ def fake_quantize(
 ) -> Tensor:
     """x [M, K] as it is after quantising along its last axis and dequantising, rounded to `dtype`."""
     amax = numerics.tensor_amax(x)
-    shape = (x.shape[0], padded(x.shape[1]))
-    bits = torch.randint(256, shape, dtype=torch.uint8, device=x.device) if stochastic else None
-    codes, scales = numerics.block_codes(x, amax, block, bits)
-    values = numerics.block_values(codes, scales) * (amax / GLOBAL_MAX)
-    return values.narrow(-1, 0, x.shape[1]).to(dtype)
+    scales = numerics.block_scales(x, amax, block).float().unsqueeze(-1)
+    blocks = numerics.pad_last(x).float().unflatten(-1, (block_count(x.shape[-1]), BLOCK))
+    scaled = numerics.scaled(blocks, scales, torch.reciprocal(numerics.encode_scale(amax)))
+    bits = torch.randint(256, scaled.shape, dtype=torch.uint8, device=x.device) if stochastic else None
+    values = rounded(scaled, bits) * scales * (amax / GLOBAL_MAX)
+    return values.flatten(-2).narrow(-1, 0, x.shape[1]).to(dtype)
+
+
+def rounded(y: Tensor, random_bits: Tensor | None) -> Tensor:
+    """`numerics.round_e2m1` of numbers in [-6, 6], but for numbers below 2^-23 and for NaN.
+
+    Inductor computes y anew wherever it is read, and whatever y is made from likewise. Were it read as often as there,
+    compiling would take minutes a layer.
+    """
+    binade = (y.abs().clamp(min=1).view(torch.int32) & 0x7F800000).view(torch.float32)
+    steps = y.abs() * 2 / binade
+    steps = steps.round() if random_bits is None else torch.ceil(steps - (random_bits.float() + 0.5) / 256)
+    return torch.copysign(steps * binade / 2, y)
 
 
 def rotated(x: Tensor, matrix: Tensor) -> Tensor:
