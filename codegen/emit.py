@@ -74,7 +74,8 @@ NATIVE_IMPORT = (
 
 CONSTANTS = ("GROUPS", "COLUMNS", "WIDTH", "EVEN", "NATIVE")
 """Of every emitted kernel: the tile, how many elements along a row a thread loads at a time, whether no tile reaches
-beyond the matrix, and what the chip converts itself: see `chips`."""
+beyond the matrix, and what the chip converts itself: see `chips`. One that converts anything, compares magnitudes and
+keeps the sign in one instruction too."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ def _down(region: Region, outputs: list[tuple[int, Output]]) -> list[str]:
         turned = [place for place, output in chosen if output.form is Form.ROTATED]
         if signs is None:
             lines += [f"z{i} = m{matrix}_{i}" for i in range(BLOCK)]
-            lines += _largest([f"tl.abs(z{i})" for i in range(BLOCK)], "larger({}, {})")
+            lines += _largest_magnitude()
         else:
             lines += _butterfly(f"m{matrix}_", signs)
             lines += _rounded_sums() if quantised or turned else _largest_sum()
@@ -260,10 +261,13 @@ def _butterfly(prefix: str, signs: tuple[int, ...]) -> list[str]:
     return lines
 
 
+def _largest_magnitude() -> list[str]:
+    return _largest([f"tl.abs(z{i})" for i in range(BLOCK)], "larger({}, {})")
+
+
 def _largest_sum() -> list[str]:
     """The largest magnitude alone of a rotated block: rounding is monotonic, so it is the rounded largest sum."""
-    lines = _largest([f"tl.abs(z{i})" for i in range(BLOCK)], "larger({}, {})")
-    return [*lines, "largest, _ = rotated(largest, largest)"]
+    return [*_largest_magnitude(), "largest, _ = rotated(largest, largest)"]
 
 
 def _rounded_sums() -> list[str]:
