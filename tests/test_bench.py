@@ -267,6 +267,20 @@ def test_every_linear_layer_is_replaced():
     assert {id(parameter) for parameter in replaced.parameters()} == weights
 
 
+def test_one_compile_serves_all_fake_quantised_blocks():
+    (fake,) = (variant for variant in variants("cpu") if variant.name == "fake")
+    size, results = replace(TINY, blocks=3), []
+    for backend in (None, "eager"):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        step = build_steps([replace(fake, backend=backend)], size, "cpu")["fake"]
+        torch.manual_seed(1)
+        step()
+        results.append([parameter.grad for parameter in step.parameters])
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (0 if backend is None else 1)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
 def test_steps_of_one_dtype_share_their_data():
     steps = build_steps(variants("cpu"), TINY, "cpu")
     assert next(iter(steps)) == REFERENCE
