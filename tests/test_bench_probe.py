@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
 from nvfp4c.bench import memory, probe
@@ -17,6 +19,7 @@ from nvfp4c.bench.report import report
 from nvfp4c.bench.timing import Samples
 from nvfp4c.cli import USER_ERROR, app
 from nvfp4c.quickstart.model import SIZES
+from nvfp4c.tasks import Task
 from nvfp4c.watch import unwatched
 
 MADE_UP = ProbeResult(
@@ -66,6 +69,30 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["bench", "probe", *arguments], env={"COLUMNS": "120"})
+
+
+def test_the_probe_is_gone_when_the_memory_of_steps_is_measured(
+    without_inductor: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its graphs would count as theirs."""
+    probes: list[weakref.ref[probe.Probe]] = []
+    alive: list[bool] = []
+
+    class Watched(probe.Probe):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            probes.append(weakref.ref(self))
+
+    def measured(call: Callable[[], object], held: Iterable[Tensor]) -> Memory:
+        alive.append(probes[0]() is not None)
+        return memory.on_cpu(call, held)
+
+    monkeypatch.setattr(probe, "Probe", Watched)
+    monkeypatch.setattr(probe, "on_cpu", measured)
+    model = nn.Linear(32, 32)
+    task = Task("one layer", model, [torch.randn(16, 32)], lambda model, batch: model(batch).square().mean())
+    probe.measure(task, rounds=1, in_a_row=1, watch=unwatched)
+    assert alive == [True, False, False]
 
 
 def test_ratios_are_of_the_probe_to_each_step() -> None:

@@ -6,6 +6,7 @@ eagerly, and the model compiled by Inductor. All three share the model and its o
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -108,23 +109,25 @@ def measure(task: Task, rounds: int, in_a_row: int, watch: Watch) -> ProbeResult
     model = uncompiled(task.model)
     try:
         watch(f"first pass of {PROBE}", 0, 1)
-        probe_pass = _probe_pass(model, batch, loss)
+        calls: dict[str, Callable[[], None]] = {PROBE: _probe_pass(model, batch, loss)}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
         forwards = {EAGER: model, INDUCTOR: compile_model(model, "inductor", None)}
-        calls: dict[str, Callable[[], None]] = {PROBE: probe_pass}
         for name, forward in forwards.items():
             calls[name] = partial(_step, forward, batch, loss, optimizer)
             watch(f"first step of {name}", 0, 1)
             calls[name]()
         samples = interleaved(calls, clock_for(device, in_a_row, short=False), rounds, watch=watch)
         memory = {}
-        for name, call in calls.items():
+        for name in samples:
             optimizer.zero_grad(set_to_none=True)
+            gc.collect()  # of the probe, which is the first, no graphs are held for the others
+            call = calls.pop(name)
             memory[name] = on_gpu(call) if device == "cuda" else on_cpu(call, _held(model, optimizer, batch))
+            del call
     except torch.OutOfMemoryError as error:
         raise TargetError("the model and its batch do not fit into this GPU's memory; choose a smaller one") from error
-    probe, *steps = (Cost(name, samples[name], memory[name]) for name in calls)
+    probe, *steps = (Cost(name, samples[name], memory[name]) for name in memory)
     return ProbeResult(probe, tuple(steps))
 
 

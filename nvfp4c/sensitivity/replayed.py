@@ -1,4 +1,4 @@
-"""Work on small tensors, on a GPU captured as a CUDA graph and replayed: a few launches in place of some sixty.
+"""Work on few bytes, on a GPU captured as a CUDA graph and replayed: a few launches in place of some sixty.
 
     tensors ── copied side by side into one buffer ── the graph of their signature ── sums, copied out of it
 Whatever has the same signature shares a graph, as layers of the same shape do. Its first time is as without graphs.
@@ -16,8 +16,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-SMALL = 64 << 20
-"""Bytes of tensors. Work on more takes a GPU longer than Python takes to launch it, and memory for the graphs."""
+PART = 160
+"""One of so many parts of a GPU's memory, half a GiB of 80. Work on more takes the GPU longer than Python needs to
+launch it; and copies and graphs would take room that a model may need."""
 
 GRAPHS = 512
 """That are kept at most: sizes may be dynamic."""
@@ -80,12 +81,14 @@ class Graphs:
         self._pool: Any = None
         self._aside: dict[torch.device, torch.cuda.Stream] = {}
 
-    def possible(self, device: torch.device) -> bool:
-        """Whether work there can be captured and replayed now: on the default stream, which nobody else captures, and
-        where PyTorch keeps memory apart for graphs."""
+    def room(self, device: torch.device) -> int:
+        """Bytes of tensors, work on which can be captured and replayed there now. That is on the default stream, which
+        nobody else captures, and where PyTorch keeps memory apart for graphs; elsewhere there are none."""
         if device.type != "cuda" or os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
-            return False
-        return torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
+            return 0
+        if torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
+            return 0
+        return torch.cuda.get_device_properties(device).total_memory // PART
 
     def record(self, work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], None]]:
         """What the work returns, and what fills that in."""
@@ -122,32 +125,38 @@ class Recorded(Generic[Form]):
 
 @dataclass
 class Replays(Generic[Form]):
-    """Work that is replayed where it can be. small: how many bytes its tensors may have."""
+    """Work that is replayed where it can be. off: nothing is, for good."""
 
-    small: int = SMALL
     graphs: Graphs = field(default_factory=Graphs)
+    off: bool = False
     recorded: dict[Signature, Recorded[Form]] = field(default_factory=dict)
     _met: set[Signature] = field(default_factory=set)
     _buffers: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def suit(self, tensors: Sequence[Tensor]) -> bool:
         """Whether work on such tensors may be replayed."""
-        if not self.graphs.possible(tensors[0].device):
-            return False
-        return sum(length * dtype.itemsize for _, dtype, length in set(map(_memory, tensors))) <= self.small
+        room = 0 if self.off else self.graphs.room(tensors[0].device)
+        return room > 0 and sum(length * dtype.itemsize for _, dtype, length in set(map(_memory, tensors))) <= room
 
     def __call__(
         self, key: Hashable, tensors: Sequence[Tensor | None], seed: int, device: torch.device, work: Work[Form]
     ) -> tuple[Sequence[Tensor], Form] | None:
         """What the work returns; the sums may be of a wider type. None for what has not been met before: let the caller
-        do that as ever, which compiles its kernels. key: of all that the work depends on but its arguments."""
+        do that as ever, which compiles its kernels. And None where memory does not suffice for another graph: then all
+        graphs give theirs back. key: of all that the work depends on but its arguments."""
         signature, memories = signed(key, tensors, device)
         known = self.recorded.get(signature)
         if known is None:
             if signature not in self._met or len(self.recorded) >= GRAPHS:
                 self._met.add(signature)
                 return None
-            known = self.recorded[signature] = self._record(signature, memories, work)
+            try:
+                known = self.recorded[signature] = self._record(signature, memories, work)
+            except torch.OutOfMemoryError:
+                self.off = True
+                self.recorded.clear()
+                self._buffers.clear()
+                return None
         torch._foreach_copy_(known.inputs, memories)  # in one launch, where all are of one type
         known.seed.fill_(seed)
         known.replay()

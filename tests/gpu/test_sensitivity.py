@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -82,24 +83,77 @@ def test_a_run_is_repeated_with_stochastic_rounding() -> None:
     )
 
 
+class Experts(nn.Module):
+    """Matrices of a stack read the same columns of a wider tensor, as it lies; then a layer that adds them up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrices = nn.Parameter(torch.randn(3, 40, 72) / 6)
+        self.add = nn.Linear(72, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.add(torch.bmm(x.flatten(0, 1)[:, 5:45].expand(3, -1, -1), self.matrices).sum(0))
+        return found
+
+
+def summed(model: nn.Module, batch: Tensor) -> Tensor:
+    """Its gradient is one number for all elements."""
+    return model(batch).sum()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_what_is_replayed_is_what_is_computed(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("make", "loss_of", "tokens", "graphs"),
+    [
+        pytest.param(network, loss, (48, 48, 48), 3, id="layers"),
+        pytest.param(network, summed, (11, 11, 7, 7, 11, 7), 6, id="odd sizes"),
+        pytest.param(Experts, summed, (13, 13, 5, 5, 13, 5), 4, id="experts"),
+    ],
+)
+def test_what_is_replayed_is_what_is_computed(
+    make: Callable[[], nn.Module],
+    loss_of: Callable[[nn.Module, Tensor], Tensor],
+    tokens: Sequence[int],
+    graphs: int,
+    dtype: torch.dtype,
+) -> None:
     """To the last bit: the first batch is computed, in the second what then is replayed is captured."""
-    batches = [torch.randn(4, 48, 96, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    batches = [torch.randn(4, n, 96, generator=torch.Generator().manual_seed(seed)) for seed, n in enumerate(tokens)]
     found, probes = [], []
-    for replays in (Replays[Any](), Replays[Any](small=0)):
+    for replays in (Replays[Any](), Replays[Any](off=True)):
         torch._dynamo.reset()
-        probe, model = Probe(replays=replays), network().to("cuda", dtype)
+        torch.manual_seed(0)
+        probe, model = Probe(3, replays=replays), make().to("cuda", dtype)
         watched = observed(model, everywhere(Recipe("all")), probe)
         parts = []
         for number, batch in enumerate(batches):
-            parts.append(measure_batch(model, watched, batch.to("cuda", dtype), loss, probe, number, {}))
+            parts.append(measure_batch(model, watched, batch.to("cuda", dtype), loss_of, probe, number, {}))
         found.append([part.sites for part in parts])
         probes.append(probe)
     replayed, computed = probes
-    assert len(replayed.replays.recorded) == 3 and not computed.replays.recorded
+    assert len(replayed.replays.recorded) == graphs and not computed.replays.recorded
     assert found[0] == found[1]
-    assert found[0][1] != found[0][2]
+    assert found[0][-1] != found[0][-2]
+
+
+def test_where_memory_runs_out_in_a_capture_nothing_is_replayed_any_more() -> None:
+    x, much = torch.ones(1 << 10, device="cuda"), 1 << 50
+
+    def work(views: Sequence[Tensor | None], seed: Tensor) -> tuple[list[Tensor], None]:
+        (view,) = views
+        assert view is not None
+        if torch.cuda.is_current_stream_capturing() and hungry:
+            torch.empty(much, dtype=torch.uint8, device="cuda")
+        return [view.sum().reshape(1)], None
+
+    for hungry in (False, True, False):
+        replays: Replays[None] = Replays()
+        assert replays.suit((x,))
+        found = [replays(None, [x], 0, x.device, work) for _ in range(3)]
+        assert replays.off is hungry is not replays.suit((x,))
+        assert found[0] is None
+        assert [one is None for one in found[1:]] == [hungry, hungry]
+        assert hungry or all(float(one[0][0]) == len(x) for one in found[1:] if one)
 
 
 def test_switches_give_the_loss_that_they_give_on_the_cpu() -> None:

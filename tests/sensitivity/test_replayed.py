@@ -23,14 +23,15 @@ STOCHASTIC = Recipe("all")
 
 
 class Again(Graphs):
-    """Counts what is done again."""
+    """Counts what is done again. small: bytes of tensors that there is room for."""
 
-    def __init__(self) -> None:
+    def __init__(self, small: int = 1 << 20) -> None:
         super().__init__()
+        self.small = small
         self.replays = 0
 
-    def possible(self, device: torch.device) -> bool:
-        return True
+    def room(self, device: torch.device) -> int:
+        return self.small
 
     def record(self, work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], None]]:
         found = work()
@@ -99,7 +100,7 @@ def alone(uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_replayed_is_what_is_computed(make: Callable[[], nn.Module], alone: None) -> None:
     graphs = Again()
     batches = [batch_of(seed) for seed in range(4)]
-    found = passes(make, Probe(3, replays=Replays(graphs=graphs)), batches)
+    found = passes(make, Probe(3, replays=Replays(graphs)), batches)
     assert found == passes(make, Probe(3), batches)
     assert found[2] != found[3] and graphs.replays > 0
 
@@ -107,7 +108,7 @@ def test_what_is_replayed_is_what_is_computed(make: Callable[[], nn.Module], alo
 def test_a_gradient_that_is_expanded(alone: None) -> None:
     """It has one number for many elements: no copy could be written to as it lies."""
     graphs, batches = Again(), [batch_of(seed) for seed in range(3)]
-    found = passes(mlp, Probe(replays=Replays(graphs=graphs)), batches, Tensor.sum)
+    found = passes(mlp, Probe(replays=Replays(graphs)), batches, Tensor.sum)
     assert found == passes(mlp, Probe(), batches, Tensor.sum)
     assert graphs.replays == 6
 
@@ -115,7 +116,7 @@ def test_a_gradient_that_is_expanded(alone: None) -> None:
 def test_random_numbers_do_not_depend_on_earlier_batches(alone: None) -> None:
     """Nor on whether those were replayed."""
     batches = [batch_of(seed) for seed in range(3)]
-    probe = Probe(replays=Replays(graphs=Again()))
+    probe = Probe(replays=Replays(Again()))
     torch._dynamo.reset()
     torch.manual_seed(0)
     compiled = observed(mlp(), everywhere(STOCHASTIC), probe)
@@ -145,7 +146,7 @@ def test_seeds_are_counted_alike() -> None:
 
 def test_layers_of_one_shape_share_a_graph(alone: None) -> None:
     """Wherever their tensors lie: of three layers there are two graphs, in one buffer or one that outgrew it."""
-    replays: Replays[Any] = Replays(graphs=Again())
+    replays: Replays[Any] = Replays(Again())
     passes(Twins, Probe(replays=replays), [batch_of(seed) for seed in range(3)])
     kinds = {tuple(kind.role for kind, _ in one.key) for one in replays.recorded}  # type: ignore[attr-defined]
     assert len(replays.recorded) == len(kinds) == 2  # with a gradient of what it reads, and without
@@ -153,7 +154,7 @@ def test_layers_of_one_shape_share_a_graph(alone: None) -> None:
 
 
 def test_another_shape_has_another_graph(alone: None) -> None:
-    replays: Replays[Any] = Replays(graphs=Again())
+    replays: Replays[Any] = Replays(Again())
     batches = [batch_of(seed, tokens) for seed, tokens in enumerate((8, 8, 6, 6, 8, 6))]
     found = passes(mlp, Probe(replays=replays), batches)
     assert len(replays.recorded) == 6
@@ -180,7 +181,7 @@ def test_a_copy_lies_as_its_tensor_does() -> None:
         given.append(list(views))
         return [view.sum().reshape(1) for view in views], len(views)
 
-    replays: Replays[int] = Replays(graphs=Again())
+    replays: Replays[int] = Replays(Again())
     assert replays("key", tensors, 0, whole.device, work) is None
     found = replays("key", tensors, 0, whole.device, work)
     assert found is not None and found[1] == 4
@@ -193,9 +194,9 @@ def test_a_copy_lies_as_its_tensor_does() -> None:
 
 def test_large_sites_are_computed_as_ever(alone: None) -> None:
     """Of three layers the last has the smallest tensors."""
-    graphs, batches = Again(), [batch_of(seed) for seed in range(3)]
     x, w, dy, result = 32 * 32, 24 * 32, 32 * 24, 32 * 32
-    replays: Replays[Any] = Replays(small=4 * (x + w + dy + result), graphs=graphs)
+    graphs, batches = Again(4 * (x + w + dy + result)), [batch_of(seed) for seed in range(3)]
+    replays: Replays[Any] = Replays(graphs)
     found = passes(mlp, Probe(replays=replays), batches)
     assert len(replays.recorded) == 1 and graphs.replays == 2
     assert found == passes(mlp, Probe(), batches)
@@ -204,10 +205,10 @@ def test_large_sites_are_computed_as_ever(alone: None) -> None:
 def test_a_site_is_as_large_as_what_would_be_copied() -> None:
     """The first token of each sample lies far from the next one's."""
     hidden = torch.empty(64, 128, 32)
-    replays: Replays[Any] = Replays(small=4 * 64 * 128 * 32, graphs=Again())
+    replays: Replays[Any] = Replays(Again(4 * 64 * 128 * 32))
     assert replays.suit((hidden, hidden[:, 0], hidden.mT)) is False
     assert replays.suit((hidden, hidden.mT)) and replays.suit((hidden[:, 0],))
-    assert not Replays[Any](small=4 * 64 * 32, graphs=Again()).suit((hidden[:, 0],))
+    assert not Replays[Any](Again(4 * 64 * 32)).suit((hidden[:, 0],))
 
 
 @pytest.mark.parametrize("tokens", [8, 5])
@@ -222,7 +223,7 @@ def test_what_a_graph_reads_is_held(alone: None, monkeypatch: pytest.MonkeyPatch
 
     looked = samples.sample
     monkeypatch.setattr(samples, "sample", sample)
-    replays: Replays[Any] = Replays(graphs=Again())
+    replays: Replays[Any] = Replays(Again())
     passes(mlp, Probe(replays=replays), [batch_of(0, tokens)] * 3)
     held = {id(x) for one in replays.recorded.values() for x in one.form.held}
     assert {id(x) for x in read} <= held
@@ -230,7 +231,7 @@ def test_what_a_graph_reads_is_held(alone: None, monkeypatch: pytest.MonkeyPatch
 
 def test_no_copy_is_kept_for_the_next_site(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its contents will be another's."""
-    probe = Probe(replays=Replays(graphs=Again()))
+    probe = Probe(replays=Replays(Again()))
     kept: list[int] = []
     observe = Probe.observe
 
@@ -252,7 +253,22 @@ def test_what_goes_wrong_is_not_hidden(alone: None) -> None:
             raise RuntimeError("capture failed")
 
     with pytest.raises(RuntimeError, match="capture failed"):
-        passes(mlp, Probe(replays=Replays(graphs=Failing())), [batch_of(0)] * 2)
+        passes(mlp, Probe(replays=Replays(Failing())), [batch_of(0)] * 2)
+
+
+def test_where_memory_runs_out_nothing_is_replayed_any_more(alone: None) -> None:
+    """And the memory of graphs there were is given back."""
+
+    class Full(Again):
+        def record(self, work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], None]]:
+            if len(probe.replays.recorded) == 2:
+                raise torch.OutOfMemoryError
+            return super().record(work, device)
+
+    batches = [batch_of(seed) for seed in range(3)]
+    probe = Probe(replays=Replays(Full()))
+    assert passes(mlp, probe, batches) == passes(mlp, Probe(), batches)
+    assert probe.replays.off and not probe.replays.recorded and not probe.replays._buffers
 
 
 def test_a_cpu_has_no_graphs(alone: None) -> None:
