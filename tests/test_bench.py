@@ -20,7 +20,16 @@ from nvfp4c import dialect, numerics
 from nvfp4c.bench import compile_time, kernel_cases, kernels, timing, train
 from nvfp4c.bench import variants as bench_variants
 from nvfp4c.bench.compile_time import CompileTime
-from nvfp4c.bench.fake_quantized import FakeQuantizedLinear, fake_quantized, hadamard_matrix, rotated, rounded
+from nvfp4c.bench.fake_quantized import (
+    FakeQuantizedLinear,
+    Quantize,
+    fake_quantize,
+    fake_quantized,
+    hadamard_matrix,
+    reference_quantize,
+    rotated,
+    rounded,
+)
 from nvfp4c.bench.kernel_cases import Case, Ceiling
 from nvfp4c.bench.llama import SIZES, Llama
 from nvfp4c.bench.memory import Memory
@@ -220,7 +229,8 @@ def test_the_llama_is_causal():
     assert not torch.equal(one[:, -1], other[:, -1])
 
 
-def test_fake_quantisation_is_the_references(monkeypatch):
+@pytest.mark.parametrize("quantize", [fake_quantize, reference_quantize])
+def test_fake_quantisation_is_the_references(monkeypatch, quantize: Quantize):
     """Forward and backward, bit for bit: integers, so that sums of the transform are exact in any order."""
     torch.manual_seed(0)
     x, w, dy = (torch.randint(-8, 9, shape).float() for shape in ((48, 40), (24, 40), (48, 24)))
@@ -237,7 +247,7 @@ def test_fake_quantisation_is_the_references(monkeypatch):
     linear = nn.Linear(40, 24, bias=False)
     linear.weight.data = w
     x.requires_grad_()
-    y = FakeQuantizedLinear(linear)(x.view(2, 24, 40))
+    y = FakeQuantizedLinear(linear, quantize)(x.view(2, 24, 40))
     y.backward(dy.view(2, 24, 24))
     weight = exact(w, block=TILE_BLOCK)
     assert torch.equal(y.view(48, 24), exact(x.detach()) @ weight.t())
@@ -265,6 +275,15 @@ def test_every_linear_layer_is_replaced():
     replaced = fake_quantized(model)
     assert not any(isinstance(module, nn.Linear) for module in replaced.modules())
     assert {id(parameter) for parameter in replaced.parameters()} == weights
+
+
+def test_what_is_not_compiled_is_the_reference_as_it_stands():
+    steps = build_steps([variant for variant in variants("cpu") if variant.fake], TINY, "cpu")
+    ways = {
+        name: {module.quantize for module in step.model.modules() if isinstance(module, FakeQuantizedLinear)}
+        for name, step in steps.items()
+    }
+    assert ways == {"fake": {fake_quantize}, "eager": {reference_quantize}}
 
 
 def test_one_compile_serves_all_fake_quantised_blocks():

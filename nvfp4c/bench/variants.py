@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nvfp4c.bench.fake_quantized import fake_quantized
+from nvfp4c.bench.fake_quantized import fake_quantized, reference_quantize
 from nvfp4c.bench.llama import Llama, Size
 from nvfp4c.codegen import chips
 from nvfp4c.errors import OptionError, nearest
@@ -74,7 +74,7 @@ def _on_cpu() -> tuple[Variant, ...]:
         Variant("inductor-bf16", "BF16, Inductor", torch.bfloat16, "inductor"),
         Variant("nvfp4", "NVFP4", fp32, "nvfp4"),
         Variant("fake", "FP32, fake quantisation in plain torch; Inductor by blocks", fp32, "inductor", fake=True),
-        Variant("eager", "FP32, fake quantisation in plain torch, not compiled", fp32, None, fake=True),
+        Variant("eager", "FP32, fake quantisation by the reference numerics, not compiled", fp32, None, fake=True),
     )
 
 
@@ -143,10 +143,10 @@ def _step(variant: Variant, model: Llama, x: Tensor, gradient: Tensor) -> Step:
 def _ready(variant: Variant, model: Llama) -> nn.Module:
     """What a variant runs; changes `model`."""
     if variant.fake:
-        fake_quantized(model)
-        if variant.backend is not None:
-            for layer in model.layers:  # they share their code: compiled once, it serves all of them
-                layer.compile(backend=variant.backend)
+        if variant.backend is None:
+            return fake_quantized(model, reference_quantize)
+        for layer in fake_quantized(model).layers:  # they share their code: compiled once, it serves all of them
+            layer.compile(backend=variant.backend)
         return model
     assert variant.backend is not None
     return compile_model(model, variant.backend, {"recipe": RECIPE} if variant.backend == "nvfp4" else None)
