@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -36,6 +37,13 @@ def sensitivity(
     ] = None,
     text: Annotated[
         list[Path] | None, typer.Option(help="With --hf: a text file or a folder of them. May be given several times.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="With --hf: sequences a batch; for an encoder, pairs. [default: 8]")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="With --hf: tokens of a sequence. [default: 128]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="With --hf: auto, cpu or cuda. [default: auto, a GPU where there is one]")
     ] = None,
     budget: Annotated[
         float | None, typer.Option(help="How much may stay in BF16, in the unit below. 0.15 is 15% of operations.")
@@ -97,7 +105,9 @@ def sensitivity(
         seed=seed,
         pairs=pairs,
     )
-    loaded = _task(task, hf, text or [], batches, seed)
+    loaded = _task(
+        task, hf, {"text": text, "batch-size": batch_size, "length": length, "device": device}, batches, seed
+    )
     with progress() as watch:
         analysis = analyze_task(loaded, settings, batches, out, watch)
     if as_json:
@@ -112,20 +122,33 @@ def sensitivity(
         console.print(f"Written: {out}/plan.json, sensitivity.json, report.html", highlight=False, soft_wrap=True)
 
 
-def _task(task: str | None, hf: Path | None, text: list[Path], batches: int, seed: int) -> Task:
+def _task(task: str | None, hf: Path | None, beside_hf: Mapping[str, Any], batches: int, seed: int) -> Task:
+    """beside_hf: options that only a model's folder needs, by name; None for those that were not given."""
+    from nvfp4c.quickstart.train import choose_device
     from nvfp4c.sensitivity import huggingface
     from nvfp4c.tasks import load_task
 
     if (task is None) == (hf is None):
         raise OptionError("give either a task, as FILE.py:callable, or --hf with a model's folder")
     if task is not None:
-        if text:
-            raise OptionError("--text goes with --hf; a task brings its own batches")
+        for name, value in beside_hf.items():
+            if value:
+                raise OptionError(f"--{name} goes with --hf; a task brings its own model and batches")
         return load_task(task)
     assert hf is not None
-    if not text:
+    given = {name: value for name, value in beside_hf.items() if value is not None}
+    if not given.get("text"):
         raise OptionError("--hf needs text to run the model on: --text FILE, or a folder of text files")
-    return huggingface.load(hf, text, batches=batches, held_out=batches, seed=seed)
+    return huggingface.load(
+        hf,
+        given["text"],
+        batches=batches,
+        held_out=batches,
+        batch_size=given.get("batch-size", huggingface.BATCH_SIZE),
+        sequence_length=given.get("length", huggingface.LENGTH),
+        seed=seed,
+        device=choose_device(given.get("device", "auto")),
+    )
 
 
 def ranking(analysis: Analysis) -> Table:

@@ -28,6 +28,9 @@ from nvfp4c.sensitivity.objectives import Marks, Objective, Samples, masked_toke
 from nvfp4c.sensitivity.windows import windows
 from nvfp4c.tasks import Task
 
+BATCH_SIZE, LENGTH = 8, 128
+"""Samples a batch, and tokens of each, where nothing else is asked for."""
+
 LEAST_TEXT = 8
 """Tokens of text in a sequence, at least: fewer say nothing about a model."""
 
@@ -48,16 +51,17 @@ def load(
     *,
     batches: int = 8,
     held_out: int = 8,
-    batch_size: int = 8,
-    sequence_length: int = 128,
+    batch_size: int = BATCH_SIZE,
+    sequence_length: int = LENGTH,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Task:
     """The model in the folder `path`, in FP32 and without dropout, with `batches` and `held_out` batches of text.
 
     texts: plain text files, or folders of them. batch_size: samples a batch, which for an encoder are pairs of
     passages. sequence_length: tokens of a sequence or passage, with those that mark its start and end. seed: which
-    places of the text are taken, and which tokens are masked. No two samples overlap, and all batches have one shape:
-    two int64 tensors [batch_size, sequence_length].
+    places of the text are taken, and which tokens are masked. device: where the model and its batches lie. No two
+    samples overlap, and all batches have one shape: two int64 tensors [batch_size, sequence_length].
 
     Raises TaskError where the folder holds no language model that can be loaded, DataError where there is too little
     text, OptionError for a number that cannot be.
@@ -77,8 +81,8 @@ def load(
         )
         samples = objective.samples(rows)
         _check_vocabulary(path, config, samples)
-        model = _attempt(path, "model", lambda: _model(getattr(transformers, name), config, path))
-    both = list(zip(*(part.split(batch_size) for part in samples), strict=True))
+        model = _attempt(path, "model", lambda: _model(getattr(transformers, name), config, path).to(device))
+    both = list(zip(*(part.to(device).split(batch_size) for part in samples), strict=True))
     return Task(str(path), model, both[:batches], objective.loss, held_out=both[batches:])
 
 

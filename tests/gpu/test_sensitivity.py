@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nvfp4c.bench.memory import on_gpu
 from nvfp4c.recipe import Recipe
 from nvfp4c.sensitivity.intercepted import observed
 from nvfp4c.sensitivity.measure import everywhere, measure, measure_batch
@@ -154,6 +155,16 @@ def test_where_memory_runs_out_in_a_capture_nothing_is_replayed_any_more() -> No
         assert found[0] is None
         assert [one is None for one in found[1:]] == [hungry, hungry]
         assert hungry or all(float(one[0][0]) == len(x) for one in found[1:] if one)
+
+
+def test_memory_counts_what_graphs_keep() -> None:
+    """What a replayed graph computes in between is in memory that nobody allocates then."""
+    x, size = torch.ones(1 << 24, device="cuda"), 4 << 24
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (x * 2).sum()
+    found, held = on_gpu(graph.replay), torch.cuda.memory_allocated()
+    assert size <= found.resident - held <= found.peak - held < 2 * size
 
 
 def test_switches_give_the_loss_that_they_give_on_the_cpu() -> None:

@@ -285,6 +285,7 @@ def test_the_command(task: str, tmp_path: Path) -> None:
     [
         ((), "give either a task"),
         (("{task}:task", "--text", "x.txt"), "--text goes with --hf"),
+        (("{task}:task", "--length", "64"), "--length goes with --hf"),
         (("{task}:task", "--hf", "x"), "give either a task"),
         (("--hf", "nowhere"), "--text"),
         (("--hf", "nowhere", "--text", "nothing.txt"), "nowhere"),

@@ -15,7 +15,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
+from typer.testing import CliRunner
 
+from nvfp4c import plan as plans
+from nvfp4c.cli import app
 from nvfp4c.errors import DataError, OptionError, TaskError
 from nvfp4c.sensitivity import huggingface, windows
 from nvfp4c.sensitivity.objectives import NO_TARGET
@@ -313,6 +316,29 @@ def test_as_much_text_as_is_asked_for_is_enough(folders: Path, tmp_path: Path) -
     words = (WORDS * 3)[: 1152 // 4]
     (tmp_path / "enough.txt").write_text(" ".join(words))
     assert len(batches_of(load(folders / "causal", tmp_path / "enough.txt"))) == 3
+
+
+def test_the_command(folders: Path, tmp_path: Path) -> None:
+    """From a folder to a plan that the backend takes."""
+    arguments = [
+        "--hf",
+        str(folders / "causal"),
+        "--text",
+        str(folders / "text"),
+        "--batches",
+        "2",
+        "--no-pairs",
+        "--json",
+    ]
+    arguments += ["--batch-size", str(BATCH), "--length", str(LENGTH), "--device", "cpu", "--out", str(tmp_path)]
+    found = CliRunner().invoke(app, ["sensitivity", *arguments])
+    assert found.exit_code == 0, found.output
+    sites = {site["site"]: site for site in json.loads(found.stdout)["measurements"]["sites"]}
+    assert sites["model.layers.0.mlp.gate_proj"]["roles"]["fprop"]["m"] == BATCH * LENGTH
+    plan = plans.load(tmp_path / "plan.json")
+    model = load(folders / "causal", folders / "text").model
+    compiled = torch.compile(model, backend="nvfp4", options={"plan": plan})
+    assert compiled(torch.full((1, LENGTH), 9)).logits.isfinite().all()
 
 
 def test_without_transformers_it_says_what_to_install(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
