@@ -330,7 +330,18 @@ def test_the_command(folders: Path, tmp_path: Path) -> None:
         "--no-pairs",
         "--json",
     ]
-    arguments += ["--batch-size", str(BATCH), "--length", str(LENGTH), "--device", "cpu", "--out", str(tmp_path)]
+    arguments += [
+        "--batches",
+        "2",
+        "--batch-size",
+        str(BATCH),
+        "--length",
+        str(LENGTH),
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
     found = CliRunner().invoke(app, ["sensitivity", *arguments])
     assert found.exit_code == 0, found.output
     sites = {site["site"]: site for site in json.loads(found.stdout)["measurements"]["sites"]}
