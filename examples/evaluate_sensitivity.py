@@ -4,7 +4,8 @@ python examples/evaluate_sensitivity.py examples/sensitivity_minilm.py:task --ba
 
 Every batch of a pool is probed, and run with each forward matmul alone in FP4. Then, for each seed, the pool is dealt
 into a half to choose by and a half to judge by: the rank correlation of scores with measured rises, on both halves; and
-what the solved plan and its rivals do to the loss of the half that nothing was chosen by.
+what the solved plan and its rivals do to the loss of the half that nothing was chosen by. Rivals are also made to leave
+nothing but forward matmuls in BF16.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from nvfp4c.bench.record import Record, about, save
 from nvfp4c.cli.bench import progress
 from nvfp4c.sensitivity.analysis import Candidate, Key
 from nvfp4c.sensitivity.analyze import Loss, Settings, forward_matmuls, rise, rivals, verified
+from nvfp4c.sensitivity.baselines import FORWARD
 from nvfp4c.sensitivity.budgets import Budget
 from nvfp4c.sensitivity.intervals import mean_and_interval
 from nvfp4c.sensitivity.measure import everywhere, measure
@@ -115,7 +117,9 @@ def draw(
     def correlation(batches: Sequence[int], against: Sequence[float]) -> float:
         return float(spearmanr(against, [fmean(rises[key][number] for number in batches) for key in keys]).statistic)
 
-    plans, judged = (solve(problem), *rivals(problem, settings)), [pool[number] for number in held_out]
+    # Judged by forward passes: rivals that spend all of the budget there show what the choice of layers is worth.
+    plans = (solve(problem), *rivals(problem, settings), *rivals(problem, settings, FORWARD))
+    judged = [pool[number] for number in held_out]
     noise = [role.noise / role.signal for role in (site.roles["fprop"] for site in found.sites)]
     diagonal = [site.roles["fprop"].diagonal or 0.0 for site in found.sites]
     return {

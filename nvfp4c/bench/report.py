@@ -23,9 +23,9 @@ A step is a forward and a backward pass of Llama blocks, all linear layers in NV
 stochastic rounding of gradients and 16x16 weight blocks. A sample is some steps in a row, as in training: a GPU that is
 always busy runs as fast as its power limit lets it, and products of numbers with few digits take less power.
 
-Of the kernels that quantise, a step on an H100 or A100 asks for two kinds: a layer's input (its row operand, and its rotated
-columns packed for the backward) and a gradient (both operands). Both forms packed is what a GPU with FP4 tensor cores asks
-for; elsewhere it is timed as the case with the most arithmetic a byte, and is the farthest from a copy.
+Of the kernels that quantise, a step on an H100 or A100 asks for two kinds: a layer's input (its row operand, and its
+rotated columns packed for the backward) and a gradient (both operands). Both forms packed is what a GPU with FP4 tensor
+cores asks for; elsewhere it is timed as the case with the most arithmetic a byte, and is the farthest from a copy.
 """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -20,7 +20,7 @@ from nvfp4c.errors import DataError, OptionError, nearest
 from nvfp4c.files import write_text
 from nvfp4c.page import finite
 from nvfp4c.plan import PrecisionPlan
-from nvfp4c.recipe import Recipe
+from nvfp4c.recipe import ROLES, Recipe
 from nvfp4c.sensitivity import baselines, report
 from nvfp4c.sensitivity.analysis import Analysis, Candidate, Key, PairTerms, Scores, Together
 from nvfp4c.sensitivity.budgets import PAPER_SHARE, Budget
@@ -131,10 +131,14 @@ def _rises(
     return rise(switched.losses(fp4, batches, loss), plain)
 
 
-def rivals(problem: Problem, settings: Settings) -> tuple[Candidate, ...]:
-    """The baselines under the same budget."""
+def rivals(problem: Problem, settings: Settings, roles: Collection[str] = ROLES) -> tuple[Candidate, ...]:
+    """The baselines under the same budget. roles: that they may leave in BF16."""
     seeds = range(settings.seed, settings.seed + settings.random)
-    return (baselines.paper(problem), baselines.weights(problem), *baselines.random(problem, seeds))
+    return (
+        baselines.paper(problem, roles),
+        baselines.weights(problem, roles),
+        *baselines.random(problem, seeds, roles),
+    )
 
 
 def forward_matmuls(found: Measurements) -> list[Key]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from nvfp4c.errors import BudgetError
 from nvfp4c.plan import from_rules
 from nvfp4c.recipe import ROLES
 from nvfp4c.sensitivity.analysis import KINDS, Candidate
-from nvfp4c.sensitivity.baselines import paper, random, weights
+from nvfp4c.sensitivity.baselines import FORWARD, paper, random, weights
 from nvfp4c.sensitivity.budgets import Budget
 from nvfp4c.sensitivity.constraints import Constraints
 from nvfp4c.sensitivity.measurements import Measurements
@@ -76,6 +77,15 @@ def test_the_head_comes_first() -> None:
 def test_a_head_too_large_is_passed_over() -> None:
     """6 of 36 operations, and the head has 18 of them."""
     assert sites(paper(asked(stack(3, head=6), 6 / 36))) == ["layers.2.q", "layers.2.down"]
+
+
+@pytest.mark.parametrize("make", [paper, weights, lambda problem, roles: random(problem, [3], roles)[0]])
+def test_forward_matmuls_alone(make: Callable[..., Candidate]) -> None:
+    """Three times as many sites, for the same share."""
+    problem = asked(stack(9), 1 / 3)
+    found = make(problem, FORWARD)
+    assert {role for _, role in found.bf16} == {"fprop"} and len(found.bf16) == 18
+    assert found.share == pytest.approx(1 / 3) and found.name.endswith(", fprop")
 
 
 def test_weights_by_their_error() -> None:
