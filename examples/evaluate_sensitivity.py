@@ -5,7 +5,8 @@ python examples/evaluate_sensitivity.py examples/sensitivity_minilm.py:task --ba
 Every batch of a pool is probed, and run with each forward matmul alone in FP4. Then, for each seed, the pool is dealt
 into a half to choose by and a half to judge by: the rank correlation of scores with measured rises, on both halves; and
 what the solved plan and its rivals do to the loss of the half that nothing was chosen by. Rivals are also made to leave
-nothing but forward matmuls in BF16.
+nothing but forward matmuls in BF16. For backward matmuls the truth is the gradient of the first batch's loss, with each
+alone in FP4: how far it is from the exact one, against what the probe expects.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from rich.console import Console
@@ -35,11 +36,13 @@ from nvfp4c.sensitivity.intervals import mean_and_interval
 from nvfp4c.sensitivity.measure import everywhere, measure
 from nvfp4c.sensitivity.measurements import Measurements, load, merged
 from nvfp4c.sensitivity.problem import Problem
-from nvfp4c.sensitivity.score import scores, second_order
+from nvfp4c.sensitivity.score import gradient_errors, scores, second_order
 from nvfp4c.sensitivity.solve import solve
 from nvfp4c.sensitivity.switched import SwitchedModel
 from nvfp4c.tasks import load_task
 from nvfp4c.watch import Watch, unwatched
+
+BACKWARD = ("dgrad", "wgrad")
 
 Rises = dict[Key, tuple[float, ...]]
 """The rise of the loss of each batch of the pool, with one forward matmul in FP4."""
@@ -61,6 +64,7 @@ def main() -> None:
         plain = switched.losses((), pool, loss)
         everything = switched.losses(forward_matmuls(parts[0]), pool, loss)
         rises = single_rises(switched, parts[0], pool, plain, loss, watch)
+        distances = gradient_distances(switched, parts[0], pool[0], loss, watch)
         draws = [
             draw(seed, parts, rises, plain, everything, pool, switched, settings, loss)
             for seed in range(arguments.seeds)
@@ -70,6 +74,7 @@ def main() -> None:
         "rise_with_everything_in_fp4": mean_and_interval(rise(everything, plain)),
         "seconds": {"probe": probed - began, "all": time.perf_counter() - began},
         "draws": draws,
+        "gradients": gradients(parts[0], distances),
         "single": {f"{site} {role}": list(values) for (site, role), values in rises.items()},
     }
     console = Console()
@@ -92,6 +97,39 @@ def single_rises(
         watch("one matmul at a time", number, len(keys))
         rises[key] = rise(switched.losses([key], pool, loss), plain)
     return rises
+
+
+def gradient_distances(
+    switched: SwitchedModel, found: Measurements, batch: Any, loss: Loss, watch: Watch
+) -> dict[Key, float]:
+    """The squared relative error of all parameters' gradients, with one backward matmul in FP4."""
+    keys = list(gradient_errors(found))
+    exact = switched.gradient((), batch, loss)
+    distances = {}
+    for number, key in enumerate(keys):
+        watch("one backward matmul at a time", number, len(keys))
+        error = switched.gradient([key], batch, loss) - exact
+        distances[key] = float(error.square().sum() / exact.square().sum())
+    return distances
+
+
+def gradients(found: Measurements, distances: Mapping[Key, float]) -> dict[str, Any]:
+    """The expected and the real squared relative errors of gradients, and how they go together, by role and in all."""
+    expected = gradient_errors(found)
+
+    def correlation(*roles: str) -> float:
+        keys = [key for key in distances if key[1] in roles]
+        return float(spearmanr([expected[key] for key in keys], [distances[key] for key in keys]).statistic)
+
+    return {
+        "spearman": {"dgrad": correlation("dgrad"), "wgrad": correlation("wgrad"), "both": correlation(*BACKWARD)},
+        "real over expected, geometric mean": {
+            role: geometric_mean(distances[key] / expected[key] for key in distances if key[1] == role)
+            for role in BACKWARD
+        },
+        "expected": {" ".join(key): value for key, value in expected.items()},
+        "real": {" ".join(key): value for key, value in distances.items()},
+    }
 
 
 def draw(
@@ -150,6 +188,8 @@ def summary(result: dict[str, Any]) -> list[str]:
     for name in result["draws"][0]["spearman"]:
         values = ", ".join(f"{draw['spearman'][name]:.3f}" for draw in result["draws"])
         lines.append(f"Spearman, {name}: {values}")
+    for name, value in result["gradients"]["spearman"].items():
+        lines.append(f"Spearman of the error of gradients, {name}: {value:.3f}")
     for place, plan in enumerate(result["draws"][0]["plans"]):
         values = [draw["plans"][place] for draw in result["draws"]]
         shown = ", ".join(f"{value['mean']:+.2e} +- {value['interval']:.1e}" for value in values)
