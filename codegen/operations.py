@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
@@ -24,7 +24,7 @@ from nvfp4c.codegen.emit import CONSTANTS, Tile, emit
 from nvfp4c.codegen.launching import INTERPRETED, LOAD_BYTES, Launch, on_device_of
 from nvfp4c.formats import BLOCK, block_count
 from nvfp4c.prologue import Kind
-from nvfp4c.region import Form, Output, Region, shapes
+from nvfp4c.region import Form, Output, Region, shapes, without_streams
 
 LIBRARY = torch.library.Library("nvfp4_triton", "DEF")
 
@@ -41,7 +41,7 @@ SHAPES_KEPT = 4096
 @cache
 def emitted(region: Region) -> Any:
     """The jit function of a region; streams are arguments of it, so regions that differ only there share one."""
-    alike = replace(region, outputs=tuple(replace(output, stream=0) for output in region.outputs))
+    alike = without_streams(region)
     return PyCodeCache.load(emit(alike).source).region if alike == region else emitted(alike)
 
 

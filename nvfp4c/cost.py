@@ -157,7 +157,7 @@ def at_example_sizes(expression: sympy.Expr, like: Iterable[Tensor]) -> float:
     """The value of an expression for the sizes that a graph was captured with. like: tensors with its symbols."""
     hints: dict[sympy.Symbol, int] = {}
     for x in like:
-        for one in x.shape:
+        for one in (*x.shape, *x.stride()):
             if isinstance(one, torch.SymInt):
                 for symbol in one.node.expr.free_symbols:
                     hints[symbol] = _example(one.node.shape_env, symbol)

@@ -58,23 +58,24 @@ def described(computes: str, operations: Sequence[str], decision: str, reads: Se
     return f"{computes}{made}; reads {', '.join(reads)}"
 
 
-def kernel_plan(task: Task, options: Options, target: str) -> list[KernelRow]:
+def kernel_plan(task: Task, options: Options, target: str) -> dict[fx.Node, KernelRow]:
     """A row for each region of the graphs of a task, each weight, and each product that took over a sum, in order.
 
-    Sizes are at their example values.
+    By their nodes. Sizes are at their example values.
 
     Raises OptionError for a target without regions, and what the backend would raise.
     """
     if target not in cost.MACHINES:
         valid = tuple(cost.MACHINES)
         raise OptionError(f"there is no GPU target {target!r}; {nearest(target, valid)} (valid: {', '.join(valid)})")
-    found = [_row(half, node, target) for half in fused_graphs(task, options, target) for node in half.graph.nodes]
-    return [row for row in found if row is not None]
+    halves = fused_graphs(task, options, target)
+    found = {node: _row(half, node, target) for half in halves for node in half.graph.nodes}
+    return {node: row for node, row in found.items() if row is not None}
 
 
 def _row(half: Half, node: fx.Node, target: str) -> KernelRow | None:
     if node.target is REGION:
-        return row_of(half, node, target)
+        return _region_row(half, node, target)
     if node.target is WEIGHT:
         return _weight_row(half, node)
     summed = node.target in (PRODUCT, BLOCK_SCALED_MM) and arguments(node)[RESIDUAL] is not None
@@ -108,7 +109,7 @@ def _weight_row(half: Half, node: fx.Node) -> KernelRow:
     return KernelRow(half.title, computes, (), (_shape(weight),), bytes_moved, sites(half, node), "", ())
 
 
-def row_of(half: Half, node: fx.Node, target: str) -> KernelRow:
+def _region_row(half: Half, node: fx.Node, target: str) -> KernelRow:
     """What is predicted of a region."""
     inputs = [one.meta["val"] for one in arguments(node)[0]]
     region = Region.from_json(arguments(node)[3])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from functools import cached_property
 
@@ -141,6 +141,11 @@ class Region:
         data = json.loads(text)
         prologue = Prologue.from_dict(data["prologue"]) if "prologue" in data else IDENTITY
         return Region(tuple(map(output, data["outputs"])), prologue)
+
+
+def without_streams(region: Region) -> Region:
+    """What regions have in common that share a kernel: it is told their streams of random numbers in each launch."""
+    return replace(region, outputs=tuple(replace(output, stream=0) for output in region.outputs))
 
 
 def reduction(region: Region) -> Region:

@@ -44,7 +44,7 @@ class Residual(nn.Module):
 def test_a_sum_that_a_product_took_over(target: str, operands: tuple[str, str], width: float) -> None:
     model, x = Residual().bfloat16().requires_grad_(False), torch.randn(40, 32).bfloat16()
     rows = kernel_plan(Task("residual", model, args=(x,)), parse({"recipe": "nvfp4-all"}), target)
-    (row,) = [row for row in rows if "residual" in row.computes]
+    (row,) = [row for row in rows.values() if "residual" in row.computes]
     assert str(row) == f"product, and the sum of it and a residual; reads {', '.join((*operands, 'bfloat16 [40, 32]'))}"
     assert (row.graph, row.sites, row.decision) == ("forward", ("fc fprop",), "")
     # Two operands, of packed ones 512 scales each, which is what a tile of them takes; two amaxes, residual and result.
@@ -62,7 +62,7 @@ def test_a_sum_that_inductor_lays_open() -> None:
     model, x = Copied().bfloat16(), torch.randn(40, 32).bfloat16()
     task = Task("copied", model, [x], lambda model, batch: model(batch).float().sum())
     rows = kernel_plan(task, parse({"recipe": "nvfp4-all"}), "sm_90")
-    assert [row.sites for row in rows if "residual" in row.computes] == [("fc fprop",)]
+    assert [row.sites for row in rows.values() if "residual" in row.computes] == [("fc fprop",)]
 
 
 def test_a_checkpoint_that_draws_random_numbers() -> None:
@@ -75,7 +75,7 @@ def test_a_checkpoint_that_draws_random_numbers() -> None:
     model, x = Checkpointed().bfloat16(), torch.randn(40, 32).bfloat16()
     task = Task("checkpointed", model, [x], lambda model, batch: model(batch).float().sum())
     rows = kernel_plan(task, parse({"recipe": "nvfp4-all"}), "sm_90")
-    assert [row.sites for row in rows if "residual" in row.computes] == [("fc fprop",)]
+    assert [row.sites for row in rows.values() if "residual" in row.computes] == [("fc fprop",)]
 
 
 def test_what_is_shown_is_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,8 @@ def test_weights(target: str) -> None:
     """Both graphs ask for it; where products read it packed, along one axis and along the other."""
     model, x = nn.Linear(32, 48, bias=False).bfloat16(), torch.randn(40, 32).bfloat16().requires_grad_()
     task = Task("layer", model, [x], lambda model, batch: model(batch).float().square().mean())
-    rows = [row for row in kernel_plan(task, parse({"recipe": "nvfp4-all"}), target) if "a weight" in row.computes]
+    planned = kernel_plan(task, parse({"recipe": "nvfp4-all"}), target)
+    rows = [row for row in planned.values() if "a weight" in row.computes]
     native = target == "sm_100"
     axes = ["rows", "columns" if native else "rows"]
     made = "amax and packed" if native else "amax, packed and operand"
@@ -136,4 +137,4 @@ def test_weights(target: str) -> None:
     assert [(row.graph, row.sites) for row in rows] == [("forward", ("weight fprop",)), ("backward", ("weight dgrad",))]
     assert [row.bytes for row in rows] == [weight_bytes(target, axis) for axis in axes]
     off = kernel_plan(task, parse({"recipe": "nvfp4-all", "weight_cache": False}), target)
-    assert not any("a weight" in row.computes for row in off)
+    assert not any("a weight" in row.computes for row in off.values())

@@ -163,7 +163,7 @@ def regions(
     if out:
         prepared(out)
     with progress() as watch:
-        found = measurement.measure(sized, device, INPUT_DTYPE[device], rounds, watch)
+        found = measurement.measure_llama(sized, device, INPUT_DTYPE[device], rounds, watch)
     record = Record(
         f"bench-regions-{device}-{sized.name}",
         about(device, _command(), commit),

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -17,6 +18,9 @@ from rich.text import Text
 from nvfp4c.explanation import Row
 from nvfp4c.grouping import Line, group, single
 from nvfp4c.kernel_plan import KernelRow
+
+if TYPE_CHECKING:
+    from nvfp4c.bench.step_regions import Measured
 
 COLOURS = {"nvfp4": "green", "bf16": "yellow"}
 
@@ -31,20 +35,28 @@ def sites_table(rows: Sequence[Row], every: bool) -> Group:
     return Group(*parts)
 
 
-def kernels_table(rows: Sequence[KernelRow], target: str) -> Table:
-    """A line for each region, equal ones together: what it computes, the bytes it moves, and why it is as it is."""
+def kernels_table(rows: Sequence[tuple[KernelRow, Measured | None]], target: str, measured: bool = False) -> Table:
+    """A line for each region, equal ones together: what it computes, the bytes it moves, and why it is as it is.
+
+    measured: whether regions were timed, each with what was found; other kernels never are.
+    """
     table = Table(
         title=f"Kernels for {target}, with the bytes that they are predicted to move",
+        caption="measured MB: what a copy moves in the time of a region" if measured else None,
         title_justify="left",
+        caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    for name, where in (("graph", "left"), ("computes", "left"), ("from", "left"), ("MB", "right"), ("", "left")):
-        table.add_column(name, justify=where)  # type: ignore[arg-type]
-    counts = Counter(replace(row, sites=()) for row in rows)
-    for row, count in counts.items():
+    figures = ("MB", "measured MB", "ratio") if measured else ("MB",)
+    for name in ("graph", "computes", "from", *figures, ""):
+        table.add_column(name, justify="right" if name in figures else "left")
+    counts = Counter((replace(row, sites=()), one) for row, one in rows)
+    for (row, one), count in counts.items():
         times = f"{count} x " if count > 1 else ""
-        table.add_row(row.graph, times + row.computes, "\n".join(row.reads), f"{row.bytes / 1e6:.1f}", _decided(row))
+        found = (f"{one.worth / 1e6:.1f}", f"{one.ratio:.2f}") if one else ("", "")
+        cells = (f"{row.bytes / 1e6:.1f}", *found)[: len(figures)]
+        table.add_row(row.graph, times + row.computes, "\n".join(row.reads), *cells, _decided(row))
     return table
 
 
