@@ -13,7 +13,7 @@ import torch
 triton = pytest.importorskip("triton", reason="no triton for this system")
 
 import triton.language as tl  # noqa: E402
-from test_kernels import assembled, check  # noqa: E402
+from test_kernels import NATIVE_INPUT, assembled, check  # noqa: E402
 
 from nvfp4c.codegen import block_scaled_gemm, chips, native_math  # noqa: E402
 from nvfp4c.codegen.assembly import assemble  # noqa: E402
@@ -84,12 +84,7 @@ def stochastic_kernel(y, random, words):
 
 NATIVE = {"layout": Layout.NATIVE}
 REGIONS = {
-    "input": Region(
-        (
-            Output(Form.PACKED, **NATIVE),
-            Output(Form.PACKED, Axis.COLUMNS, signs=DEFAULT_SIGNS, amax=1, **NATIVE),
-        )
-    ),
+    "input": NATIVE_INPUT,
     "gradient": Region(
         (
             Output(Form.PACKED, rounding="stochastic", **NATIVE),

@@ -33,7 +33,7 @@ from nvfp4c.codegen.operations import (  # noqa: E402
 )
 from nvfp4c.formats import DEFAULT_SIGNS, TILE_BLOCK, signs_from_seed  # noqa: E402
 from nvfp4c.prologue import Kind, Prologue, Step  # noqa: E402
-from nvfp4c.region import Axis, Form, Output, Region  # noqa: E402
+from nvfp4c.region import Axis, Form, Layout, Output, Region  # noqa: E402
 
 compiles = pytest.mark.skipif(INTERPRETED, reason="compiles, which the interpreter does not")
 
@@ -53,6 +53,9 @@ def test_in_the_interpreter(file: str) -> None:
 COLUMNS = Axis.COLUMNS
 INPUT = Region((Output(Form.OPERAND), Output(Form.PACKED, COLUMNS, signs=DEFAULT_SIGNS, amax=1)))
 """The operand of a layer's product, and the codes that its weight gradient will need."""
+
+NATIVE_INPUT = Region(tuple(replace(output, form=Form.PACKED, layout=Layout.NATIVE) for output in INPUT.outputs))
+"""The same where products read packed operands."""
 
 TRAINING = {
     "amaxes": Region((Output(Form.AMAX), Output(Form.AMAX, COLUMNS, signs=DEFAULT_SIGNS))),
@@ -119,6 +122,8 @@ GOLDEN = {
     "region_amaxes": TRAINING["amaxes"],
     "region_gradient": TRAINING["gradient"],
     "region_prologue": PROLOGUES["gates, backward"],
+    "region_weight": TRAINING["weight"],
+    "region_native": NATIVE_INPUT,
 }
 """The regions whose source stands in a file: one of each family."""
 
