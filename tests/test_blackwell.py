@@ -5,22 +5,27 @@ That the same kernel computes the product is shown with its one FP4 instruction 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 triton = pytest.importorskip("triton", reason="no triton for this system")
 
 import triton.language as tl  # noqa: E402
-from test_kernels import NATIVE_INPUT, assembled, check  # noqa: E402
+from test_kernels import check  # noqa: E402
 
+from nvfp4c.bench.llama import Llama, Size  # noqa: E402
 from nvfp4c.codegen import block_scaled_gemm, chips, native_math  # noqa: E402
-from nvfp4c.codegen.assembly import assemble  # noqa: E402
+from nvfp4c.codegen.assembly import Assembly, assemble  # noqa: E402
 from nvfp4c.codegen.block_scaled_gemm import TILES, assemble_emulated_gemm, assemble_gemm  # noqa: E402
+from nvfp4c.emission import NativeProduct, Use, programs  # noqa: E402
 from nvfp4c.errors import TargetError  # noqa: E402
-from nvfp4c.formats import DEFAULT_SIGNS, ROW_BLOCK, TILE_BLOCK  # noqa: E402
-from nvfp4c.region import Axis, Form, Layout, Output, Region  # noqa: E402
+from nvfp4c.fused_graphs import fused_graphs  # noqa: E402
+from nvfp4c.options import parse  # noqa: E402
+from nvfp4c.tasks import Task  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(block_scaled_gemm.INTERPRETED), reason="compiles, which the interpreter does not")
 
@@ -37,15 +42,21 @@ nearest_words = native_math.nearest_words
 stochastic_words = native_math.stochastic_words
 
 
-@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
-@pytest.mark.parametrize("bias", [None, torch.bfloat16], ids=["plain", "bias"])
-@pytest.mark.parametrize("out", [torch.bfloat16, torch.float32], ids=str)
+PRODUCTS = [
+    (out, bias, residual)
+    for out in (torch.bfloat16, torch.float32)
+    for bias in (None, torch.bfloat16)
+    for residual in (None, out)
+]
+"""Types of the result, the bias and the residual, which has the result's, as the pass that gives it sees to."""
+
+
+@pytest.mark.parametrize("out, bias, residual", PRODUCTS, ids=str)
 @pytest.mark.parametrize("target", TILES)
 def test_the_product_runs_on_the_fp4_tensor_cores(
-    target: str, out: torch.dtype, bias: torch.dtype | None, residual: bool
+    target: str, out: torch.dtype, bias: torch.dtype | None, residual: torch.dtype | None
 ) -> None:
-    """A residual has the result's type, as the pass that gives it to a product sees to."""
-    assembly = assemble_gemm(target, out, bias, out if residual else None)
+    assembly = assemble_gemm(target, out, bias, residual)
     (mma,) = assembly.mma
     if target == "sm_120":
         assert mma == RTX_MMA
@@ -82,40 +93,81 @@ def stochastic_kernel(y, random, words):
     tl.store(words + block[:, :, None] * 2 + tl.arange(0, 2)[None, None, :], found)
 
 
-NATIVE = {"layout": Layout.NATIVE}
-REGIONS = {
-    "input": NATIVE_INPUT,
-    "gradient": Region(
-        (
-            Output(Form.PACKED, rounding="stochastic", **NATIVE),
-            Output(Form.PACKED, Axis.COLUMNS, ROW_BLOCK, "stochastic", DEFAULT_SIGNS, 1, 1, **NATIVE),
-        )
-    ),
-    "weight": Region((Output(Form.PACKED, block=TILE_BLOCK, **NATIVE),)),
-    "weight, transposed": Region((Output(Form.PACKED, Axis.COLUMNS, TILE_BLOCK, **NATIVE),)),
+def training_step() -> Task:
+    """A Llama block and a layer with a bias. Whole tiles fit what is 256 wide, and nothing else.
+
+    Queries, keys and values share what they read; MLP, keys and the last layer are 176, 128 and 48 wide.
+    """
+    size = Size("blocks", 1, width=256, hidden=176, heads=2, kv_heads=1, batch=1, sequence=64)
+    model = nn.Sequential(Llama(size), nn.Linear(256, 48)).bfloat16()
+    x = torch.randn(1, 64, 256).bfloat16().requires_grad_()
+    return Task("blocks", model, [x], lambda model, batch: model(batch).float().square().sum())
+
+
+AMAXES = "amax rows; amax columns rotated"
+INPUT = "packed rows 1x16 nearest native; packed columns 1x16 nearest rotated native"
+GRADIENT = "packed rows 1x16 stochastic native; packed columns 1x16 stochastic rotated native"
+WEIGHT = "packed rows 16x16 nearest native"
+TURNED_WEIGHT = "packed columns 16x16 nearest native"
+PLAIN = {"amax rows", AMAXES, INPUT, GRADIENT, WEIGHT, TURNED_WEIGHT}
+"""What a training step computes from its matrices: each of them of sizes that fill tiles, and of others."""
+
+KEPT = f"{AMAXES}; value rows"
+PRODUCED = {
+    "gate": {KEPT},
+    "gates, backward": {f"{KEPT}; {KEPT}"},
+    "normalisation, backward": {KEPT},
 }
-"""What a training step computes from each of its matrices where products read packed operands."""
+"""What is computed together with what makes the matrices."""
+
+NORMALISED = ({KEPT}, {AMAXES, INPUT})
+"""Likewise with the end of a normalisation, which is computed once or twice, as the cost model has it."""
+
+
+def maker(use: Use, steps: set[str]) -> str:
+    """What makes the matrix of a kernel's prologue: gates have an exponential."""
+    name = "gate" if "exp" in steps else "normalisation"
+    return name if use.graph == "forward" else f"{name}s, backward" if name == "gate" else f"{name}, backward"
 
 
 @pytest.mark.parametrize("target", TILES)
-@pytest.mark.parametrize("name", REGIONS)
-def test_regions_convert_natively(name: str, target: str) -> None:
-    """And store codes of columns, which are turned, eight bytes at a time, four neighbours a sector."""
-    found = assembled(REGIONS[name], target)
-    check(found)
-    stochastic = name == "gradient"
-    native = not stochastic or chips.TARGETS[target].conversions >= chips.STOCHASTIC
+def test_every_kernel_of_a_training_step(target: str) -> None:
+    """Kernels that quantise convert natively, and store codes of columns, which are turned, eight bytes at a time.
+
+    Four neighbours are a sector then. Products are compiled by a test of their own.
+    """
+    found = programs(fused_graphs(training_step(), parse({"recipe": "nvfp4-all"}), target), target)
+    products = {program for program in found if isinstance(program, NativeProduct)}
+    assert products and products <= {NativeProduct(*types) for types in PRODUCTS}
+    plain: set[tuple[str, bool]] = set()
+    produced: dict[str, set[str]] = defaultdict(set)
+    for program, uses in found.items():
+        if isinstance(program, NativeProduct):
+            continue
+        assembly, whole = program.assemble(target), dict(program.constants)["EVEN"]
+        outputs, _, steps = program.computes.partition(" of ")
+        assert assembly.spills == 0
+        assert assembly.shared_bytes <= SHARED_BYTES[target]
+        check_stores(outputs, assembly, whole)
+        if steps:
+            produced[maker(uses[0], set(steps.split(", ")))].add(outputs)
+        else:
+            check(assembly)
+            plain.add((outputs, whole))
+    assert plain == {(outputs, whole) for outputs in PLAIN for whole in (True, False)}
+    assert produced.pop("normalisation") in NORMALISED
+    assert produced == PRODUCED
+
+
+def check_stores(outputs: str, assembly: Assembly, whole: bool) -> None:
+    """By which instructions codes and scales are made and stored. whole: whether tiles are."""
+    packs, stochastic = "packed" in outputs, "stochastic" in outputs
+    native = packs and (not stochastic or chips.TARGETS[assembly.target].conversions >= chips.STOCHASTIC)
     instruction = "cvt.rs.satfinite.e2m1x4.f32" if stochastic else "cvt.rn.satfinite.e2m1x2.f32"
-    assert found.conversions == ({instruction} if native else set())
-    assert "cvt.rn.satfinite.e4m3x2.f32" in found.ptx
-    turned = any(output.down for output in REGIONS[name].outputs)
-    assert ("st.global.b64" in found.ptx) == turned
-    assert "st.global.b8" not in found.ptx, "scales are stored one by one"
-
-
-def test_regions_of_sizes_that_do_not_fit() -> None:
-    for region in REGIONS.values():
-        check(assembled(region, "sm_100", even=False))
+    assert assembly.conversions == ({instruction} if native else set())
+    assert ("cvt.rn.satfinite.e4m3x2.f32" in assembly.ptx) == packs
+    assert ("st.global.b64" in assembly.ptx) == ("packed columns" in outputs)
+    assert not (whole and "st.global.b8" in assembly.ptx), "scales are stored one by one"
 
 
 TYPES = {"y": "*fp32", "random": "*i32", "words": "*i32"}
