@@ -8,6 +8,9 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter import patch_once_a_kernel
+
+    patch_once_a_kernel()
     DEVICES = [pytest.param("cpu")]
 elif torch.cuda.is_available():
     DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu)]
