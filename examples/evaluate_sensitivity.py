@@ -28,19 +28,21 @@ from scipy.stats import spearmanr
 
 from nvfp4c.bench.record import Record, about, save
 from nvfp4c.cli.bench import progress
+from nvfp4c.sensitivity.ablation import forward_matmuls
 from nvfp4c.sensitivity.analysis import Candidate, Key
-from nvfp4c.sensitivity.analyze import Loss, Settings, forward_matmuls, rise, rivals, verified
+from nvfp4c.sensitivity.analyze import Loss, Settings, rivals, verified
 from nvfp4c.sensitivity.baselines import FORWARD
 from nvfp4c.sensitivity.budgets import Budget
 from nvfp4c.sensitivity.intervals import mean_and_interval
 from nvfp4c.sensitivity.measure import everywhere, measure
 from nvfp4c.sensitivity.measurements import Measurements, load, merged
 from nvfp4c.sensitivity.problem import Problem
+from nvfp4c.sensitivity.runs import Runs
 from nvfp4c.sensitivity.score import gradient_errors, scores, second_order
 from nvfp4c.sensitivity.solve import solve
 from nvfp4c.sensitivity.switched import SwitchedModel
 from nvfp4c.tasks import load_task
-from nvfp4c.watch import Watch, unwatched
+from nvfp4c.watch import Watch
 
 BACKWARD = ("dgrad", "wgrad")
 
@@ -61,17 +63,16 @@ def main() -> None:
             parts = [load(path) for path in sorted(Path(folder).iterdir())]
         probed = time.perf_counter()
         switched = SwitchedModel(task.model, everywhere(settings.recipe))
-        plain = switched.losses((), pool, loss)
-        everything = switched.losses(forward_matmuls(parts[0]), pool, loss)
-        rises = single_rises(switched, parts[0], pool, plain, loss, watch)
+        runs = Runs(switched, pool, loss)
+        everything = runs.rises(forward_matmuls(parts[0]))
+        rises = single_rises(runs, parts[0], watch)
         distances = gradient_distances(switched, parts[0], pool[0], loss, watch)
         draws = [
-            draw(seed, parts, rises, plain, everything, pool, switched, settings, loss)
-            for seed in range(arguments.seeds)
+            draw(seed, parts, rises, everything, pool, switched, settings, loss) for seed in range(arguments.seeds)
         ]
     results = {
-        "loss": fmean(plain),
-        "rise_with_everything_in_fp4": mean_and_interval(rise(everything, plain)),
+        "loss": fmean(runs.plain),
+        "rise_with_everything_in_fp4": mean_and_interval(everything),
         "seconds": {"probe": probed - began, "all": time.perf_counter() - began},
         "draws": draws,
         "gradients": gradients(parts[0], distances),
@@ -88,14 +89,12 @@ def main() -> None:
         console.print(f"Written: {save(record, arguments.out)}", highlight=False, soft_wrap=True)
 
 
-def single_rises(
-    switched: SwitchedModel, found: Measurements, pool: Sequence[Any], plain: Sequence[float], loss: Loss, watch: Watch
-) -> Rises:
+def single_rises(runs: Runs, found: Measurements, watch: Watch) -> Rises:
     keys = forward_matmuls(found)
     rises = {}
     for number, key in enumerate(keys):
         watch("one matmul at a time", number, len(keys))
-        rises[key] = rise(switched.losses([key], pool, loss), plain)
+        rises[key] = runs.rises([key])
     return rises
 
 
@@ -136,7 +135,6 @@ def draw(
     seed: int,
     parts: Sequence[Measurements],
     rises: Rises,
-    plain: Sequence[float],
     everything: Sequence[float],
     pool: Sequence[Any],
     switched: SwitchedModel,
@@ -147,7 +145,7 @@ def draw(
     order = random.Random(seed).sample(range(len(pool)), len(pool))
     chosen, held_out = order[: len(pool) // 2], order[len(pool) // 2 :]
     found = merged([parts[number] for number in chosen])
-    score = scores(found, fmean(rise(everything, plain)[number] for number in chosen))
+    score = scores(found, fmean(everything[number] for number in chosen))
     problem = Problem(found, score, settings.budget)
     keys = list(rises)
     predicted = [score[key] for key in keys]
@@ -162,7 +160,7 @@ def draw(
     diagonal = [site.roles["fprop"].diagonal or 0.0 for site in found.sites]
     return {
         "seed": seed,
-        "second_order": asdict(second_order(found, fmean(rise(everything, plain)[number] for number in chosen))),
+        "second_order": asdict(second_order(found, fmean(everything[number] for number in chosen))),
         "spearman": {
             "same batches": correlation(chosen, predicted),
             "held-out batches": correlation(held_out, predicted),
@@ -173,7 +171,7 @@ def draw(
                 held_out, [fmean(rises[key][number] for number in chosen) for key in keys]
             ),
         },
-        "plans": [shown(plan) for plan in verified(switched, problem, plans, judged, loss, unwatched)],
+        "plans": [shown(plan) for plan in verified(Runs(switched, judged, loss), problem, plans)],
     }
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 
 from nvfp4c import recipe as recipes
 from nvfp4c.errors import DataError, OptionError, nearest
@@ -22,17 +20,18 @@ from nvfp4c.page import finite
 from nvfp4c.plan import PrecisionPlan
 from nvfp4c.recipe import ROLES, Recipe
 from nvfp4c.sensitivity import baselines, report
-from nvfp4c.sensitivity.analysis import Analysis, Candidate, Key, PairTerms, Scores, Together
+from nvfp4c.sensitivity.ablation import Ablation, ablate, forward_matmuls
+from nvfp4c.sensitivity.analysis import Analysis, Candidate, PairTerms, Together
 from nvfp4c.sensitivity.budgets import PAPER_SHARE, Budget
 from nvfp4c.sensitivity.constraints import UNCONSTRAINED, Constraints
-from nvfp4c.sensitivity.measure import check_batches, everywhere, measure
-from nvfp4c.sensitivity.measurements import Measurements
+from nvfp4c.sensitivity.measure import check_batches, everywhere, measure, provenance_of_data
 from nvfp4c.sensitivity.plans import to_plan
 from nvfp4c.sensitivity.problem import Problem
+from nvfp4c.sensitivity.runs import Runs
 from nvfp4c.sensitivity.score import scores, second_order
 from nvfp4c.sensitivity.solve import curve, solve
 from nvfp4c.sensitivity.switched import SwitchedModel
-from nvfp4c.sensitivity.together import Rises, pair_terms, together
+from nvfp4c.sensitivity.together import pair_terms, together
 from nvfp4c.tasks import Task
 from nvfp4c.watch import Watch, unwatched
 
@@ -79,35 +78,35 @@ def analyze(
 ) -> Analysis:
     """Decide which matmuls run in FP4. loss(model, batch): a scalar tensor, the mean over the batch.
 
-    held_out: batches that nothing is chosen by, for the verdict; without any, no plan is run. folder: where parts of
-    the measurement are kept, so that an interrupted run goes on. Raises DataError, BudgetError or OptionError, each
-    saying what to do.
+    held_out: batches that nothing is chosen by, for the verdict; without any, no plan is run. folder: where all that is
+    measured is kept as it is found, so that an interrupted run goes on, and another one measures only what is new.
+    Raises DataError, BudgetError or OptionError, each saying what to do.
     """
     settings = settings or Settings()
     check_batches([*batches, *held_out])
     found = measure(model, batches, loss, settings.recipe, settings.seed, folder, watch)
     switched = SwitchedModel(model, everywhere(settings.recipe))
-    plain = switched.losses((), batches, loss)
-    rises = partial(_rises, switched, batches, plain, loss)
-    everything = fmean(rises(forward_matmuls(found)))
+    runs = Runs(switched, batches, loss, folder, found.provenance)
+    unseen = Runs(switched, held_out, loss, folder, {**found.provenance, **provenance_of_data(held_out)})
+    everything = fmean(runs.rises(forward_matmuls(found)))
     more = {"method": settings.method, "held_out": len(held_out), "rise_with_everything_in_fp4": everything}
     found = replace(found, provenance={**found.provenance, **more})
-    ablation = ablate(switched, found, batches[0], rises, loss, watch) if settings.method == "ablate" else Ablation()
+    ablation = ablate(found, runs, watch) if settings.method == "ablate" else Ablation()
     scored = {**scores(found, everything), **ablation.single}
     checked: tuple[Together, ...] = ()
     pairs: PairTerms = {}
     if settings.pairs:
-        checked = together(scored, rises, watch)
-        pairs = pair_terms(checked, scored, rises, watch)
+        checked = together(scored, runs.rises, watch)
+        pairs = pair_terms(checked, scored, runs.rises, watch)
         if pairs:
             scored = {**scores(found, everything - math.fsum(pairs.values())), **ablation.single}
     second = second_order(found, everything - math.fsum(pairs.values()))
     found = replace(found, provenance={**found.provenance, "second_order": asdict(second)})
     problem = Problem(found, scored, settings.budget, settings.constraints, pairs)
     chosen = solve(problem)
-    plans = [chosen, *rivals(problem, settings)]
+    plans = (chosen, *rivals(problem, settings))
     if held_out:
-        plans = verified(switched, problem, plans, held_out, loss, watch)
+        plans = verified(unseen, problem, plans, watch)
     limits = {*CURVES[settings.budget.unit], settings.budget.limit}
     others = [plan for plan in curve(problem, limits) if plan.budget != settings.budget.limit]
     return Analysis(
@@ -125,12 +124,6 @@ def analyze(
     )
 
 
-def _rises(
-    switched: SwitchedModel, batches: Sequence[Any], plain: Sequence[float], loss: Loss, fp4: Iterable[Key]
-) -> tuple[float, ...]:
-    return rise(switched.losses(fp4, batches, loss), plain)
-
-
 def rivals(problem: Problem, settings: Settings, roles: Collection[str] = ROLES) -> tuple[Candidate, ...]:
     """The baselines under the same budget. roles: that they may leave in BF16."""
     seeds = range(settings.seed, settings.seed + settings.random)
@@ -141,69 +134,17 @@ def rivals(problem: Problem, settings: Settings, roles: Collection[str] = ROLES)
     )
 
 
-def forward_matmuls(found: Measurements) -> list[Key]:
-    """The forward matmuls that can run in FP4."""
-    return [(site.site, "fprop") for site in found.sites if "fprop" in site.roles]
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """What `--method ablate` measures: see `Analysis`."""
-
-    single: Scores = field(default_factory=dict)
-    all_but: Scores = field(default_factory=dict)
-    cosine: Scores = field(default_factory=dict)
-
-
-def ablate(
-    switched: SwitchedModel,
-    found: Measurements,
-    batch: Any,
-    rises: Rises,
-    loss: Loss,
-    watch: Watch,
-) -> Ablation:
-    """One matmul after the other, really run: forward ones for the loss of all batches, all roles for the gradients of
-    one batch."""
-    what = "measuring one at a time"
-    forward = forward_matmuls(found)
-    every = [(site.site, role) for site in found.sites for role in site.roles]
-    steps = len(forward) + len(every)
-    single, all_but, cosine = {}, {}, {}
-    for number, key in enumerate(forward):
-        watch(what, number, steps)
-        single[key] = fmean(rises([key]))
-        all_but[key] = fmean(rises([other for other in forward if other != key]))
-    exact = switched.gradient((), batch, loss)
-    for number, key in enumerate(every, len(forward)):
-        watch(what, number, steps)
-        cosine[key] = float(cosine_similarity(switched.gradient([key], batch, loss), exact, dim=0))
-    watch(what, steps, steps)
-    return Ablation(single, all_but, cosine)
-
-
 def verified(
-    switched: SwitchedModel,
-    problem: Problem,
-    plans: Sequence[Candidate],
-    held_out: Sequence[Any],
-    loss: Loss,
-    watch: Watch,
-) -> list[Candidate]:
-    """The same plans with the rise of the loss on every held-out batch."""
-    plain = switched.losses((), held_out, loss)
+    runs: Runs, problem: Problem, plans: Sequence[Candidate], watch: Watch = unwatched
+) -> tuple[Candidate, ...]:
+    """The same plans with the rise of the loss on every batch. runs: on held-out ones."""
     found = []
     for number, plan in enumerate(plans):
         watch("running plans", number, len(plans))
         fp4 = set(problem.choices).difference(plan.bf16)
-        found.append(replace(plan, measured=rise(switched.losses(fp4, held_out, loss), plain)))
+        found.append(replace(plan, measured=runs.rises(fp4)))
     watch("running plans", len(plans), len(plans))
-    return found
-
-
-def rise(losses: Sequence[float], plain: Sequence[float]) -> tuple[float, ...]:
-    """By how much the loss of each batch is above what it is without FP4."""
-    return tuple(one - other for one, other in zip(losses, plain, strict=True))
+    return tuple(found)
 
 
 def data_of(task: Task, count: int = BATCHES) -> tuple[list[Any], list[Any]]:
@@ -247,7 +188,7 @@ def write(analysis: Analysis, out: Path) -> None:
 def analyze_task(
     task: Task, settings: Settings, count: int = BATCHES, out: Path | None = None, watch: Watch = unwatched
 ) -> Analysis:
-    """`analyze` of a task; writes to `out`, and keeps parts of the measurement in `out`/parts for the next run."""
+    """`analyze` of a task; writes to `out`, and keeps what is measured in `out`/parts for the next run."""
     _, loss = task.training()
     batches, held_out = data_of(task, count)
     parts = None if out is None else out / "parts"

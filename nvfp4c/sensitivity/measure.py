@@ -155,8 +155,7 @@ def provenance_of(model: nn.Module, batches: Sequence[Any], recipe: Recipe, seed
         "parameters": sum(parameter.numel() for _, parameter in parameters),
         "weights_hash": digest([tensor for _, tensor in held]),
         "modes_hash": digest([module.training for module in model.modules()]),
-        "data_hash": digest(pytree.tree_leaves(list(batches))),
-        "batches": len(batches),
+        **provenance_of_data(batches),
         "recipe": json.loads(json.dumps(recipe.to_dict())),
         "seed": seed,
         "device": next((str(parameter.device) for _, parameter in parameters), "cpu"),
@@ -166,6 +165,11 @@ def provenance_of(model: nn.Module, batches: Sequence[Any], recipe: Recipe, seed
             "python": platform.python_version(),
         },
     }
+
+
+def provenance_of_data(batches: Sequence[Any]) -> dict[str, Any]:
+    """The part of it that says which batches."""
+    return {"data_hash": digest(pytree.tree_leaves(list(batches))), "batches": len(batches)}
 
 
 def code_hash(model: nn.Module, loss: Callable[[Any, Any], Tensor]) -> str:

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from small import Counted, Net, batches, loss
 from typer.testing import CliRunner
 
 from nvfp4c import plan as plans
@@ -26,39 +25,6 @@ from nvfp4c.sensitivity.switched import SwitchedModel
 from nvfp4c.tasks import Task
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(x)))
-
-
-class Net(nn.Module):
-    """Five blocks and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(5))
-        self.head = nn.Linear(32, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
-def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
-
-
-def batches(count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    inputs = [torch.randn(4, 8, 32, generator=generator) for _ in range(count)]
-    return [(x, x[..., :10].argmax(-1)) for x in inputs]
 
 
 @pytest.fixture(scope="module")
@@ -208,18 +174,11 @@ def test_ablation_measures_one_at_a_time(model: Net) -> None:
 
 
 def test_another_budget_needs_no_new_measurement(model: Net, tmp_path: Path) -> None:
-    """The parts of a first run are used again; only plans are run."""
-    calls = 0
-
-    def counted(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return loss(model, batch)
-
+    counted = Counted()
     first = analyze(model, batches(3, 1), counted, (), Settings(budget=Budget(0.2), pairs=False), tmp_path)
-    assert calls == 3 + 6, "the probe, and everything in FP4 beside nothing"
+    assert counted.calls == 3 + 6, "the probe, and everything in FP4 beside nothing"
     second = analyze(model, batches(3, 1), counted, (), Settings(budget=Budget(0.5), pairs=False), tmp_path)
-    assert calls == 3 + 6 + 6
+    assert counted.calls == 3 + 6
     assert first.scores == second.scores and first.chosen != second.chosen
 
 
@@ -244,7 +203,7 @@ def test_batches_are_shared_out(model: Net) -> None:
 TASK = """
 import sys
 sys.path.insert(0, {folder!r})
-from test_analyze import Net, batches, loss
+from small import Counted, Net, batches, loss
 def task():
     import torch
     torch.manual_seed(0)
