@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from nvfp4c.errors import OptionError
@@ -26,6 +34,9 @@ if TYPE_CHECKING:
     from nvfp4c.bench.train import TrainResult
 
 DEFAULT_SIZE = {"cpu": "small", "cuda": "large"}
+
+PACE = 600.0
+"""Seconds over whose parts the time left is estimated. rich's 30 would never show any where a part takes longer."""
 
 bench = typer.Typer(no_args_is_help=True, help="Measure kernels and training steps on this machine.")
 
@@ -237,10 +248,19 @@ def probe(
 
 @contextmanager
 def progress() -> Iterator[Watch]:
-    """A bar on standard error for what is being done; where that is no terminal, a line for each new thing."""
+    """A bar on standard error for what is being done, with the time that it took and, from its second part on, the time
+    left; where that is no terminal, a line for each new thing."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    terminal = console.is_terminal
+    with Progress(*columns, console=console, disable=not terminal, transient=True, speed_estimate_period=PACE) as bars:
         tasks: dict[str, TaskID] = {}
 
         def watch(what: str, done: int, of: int) -> None:
@@ -248,7 +268,7 @@ def progress() -> Iterator[Watch]:
                 for finished in tasks.values():
                     bars.update(finished, visible=False)
                 tasks[what] = bars.add_task(what, total=of)
-                if not console.is_terminal:
+                if not terminal:
                     console.print(what, highlight=False, soft_wrap=True)
             bars.update(tasks[what], completed=done)
 

@@ -17,7 +17,7 @@ Question = dict[str, Any]
 def kept(
     folder: Path | None, kind: str, question: Question, count: int, measure: Callable[[], Sequence[float]]
 ) -> tuple[float, ...]:
-    """`count` numbers that answer a question: those of a file in the folder, else what `measure` finds, kept there then.
+    """`count` numbers that answer a question: those of a file in the folder, else what `measure` finds, then kept.
 
     kind: the first word of the file's name. A file that is damaged, or answers something else, counts as none.
     """
