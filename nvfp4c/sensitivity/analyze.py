@@ -87,7 +87,11 @@ def analyze(
     found = measure(model, batches, loss, settings.recipe, settings.seed, folder, watch)
     switched = SwitchedModel(model, everywhere(settings.recipe))
     runs = Runs(switched, batches, loss, folder, found.provenance)
-    unseen = Runs(switched, held_out, loss, folder, {**found.provenance, **provenance_of_data(held_out)})
+    known = {**found.provenance, **provenance_of_data(held_out)}
+    unseen = Runs(switched, held_out, loss, folder, known, "held-out batch")
+    runs.check()
+    if held_out:
+        unseen.check()
     everything = fmean(runs.rises(forward_matmuls(found)))
     more = {"method": settings.method, "held_out": len(held_out), "rise_with_everything_in_fp4": everything}
     found = replace(found, provenance={**found.provenance, **more})

@@ -139,10 +139,15 @@ def check_loss(value: Tensor, number: int) -> None:
     if not isinstance(value, Tensor) or value.numel() != 1:
         shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise DataError(f"the loss of batch {number} is no scalar tensor but {shape}; return a mean over the batch")
-    if not math.isfinite(value.item()):
+    check_finite(value.item(), f"batch {number}")
+
+
+def check_finite(loss: float, batch: str) -> None:
+    """Raise DataError for a loss in high precision that is not. batch: the words for it."""
+    if not math.isfinite(loss):
         raise DataError(
-            f"the loss of batch {number} is {value.item()}; it must be finite in high precision, so look at "
-            "that batch and at the model's weights"
+            f"the loss of {batch} is {loss}; it must be finite in high precision, so look at that batch and at the "
+            "model's weights"
         )
 
 

@@ -13,6 +13,7 @@ from torch.nn.functional import cosine_similarity
 
 from nvfp4c.sensitivity.analysis import Key
 from nvfp4c.sensitivity.kept import kept
+from nvfp4c.sensitivity.measure import check_finite
 from nvfp4c.sensitivity.switched import SwitchedModel
 
 
@@ -21,7 +22,7 @@ class Runs:
     """Runs on the same batches, with any choice of what is in FP4.
 
     folder: where every result is kept as soon as it is found, and found again. provenance: what results depend on
-    beside that choice, the batches among it.
+    beside that choice, the batches among it. kind: what a batch is called where its loss is refused.
     """
 
     switched: SwitchedModel
@@ -29,11 +30,17 @@ class Runs:
     loss: Callable[..., Tensor]
     folder: Path | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = "batch"
 
     @cached_property
     def plain(self) -> tuple[float, ...]:
         """The loss of each batch in high precision."""
         return self.losses(())
+
+    def check(self) -> None:
+        """Raise DataError where the loss of a batch in high precision is not finite. In FP4 it need not be."""
+        for number, loss in enumerate(self.plain):
+            check_finite(loss, f"{self.kind} {number}")
 
     def losses(self, fp4: Iterable[Key]) -> tuple[float, ...]:
         """The loss of each batch with these in FP4."""

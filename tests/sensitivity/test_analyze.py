@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from small import Counted, Net, batches, loss
+from torch import Tensor
 from typer.testing import CliRunner
 
 from nvfp4c import plan as plans
@@ -25,6 +27,8 @@ from nvfp4c.sensitivity.switched import SwitchedModel
 from nvfp4c.tasks import Task
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
+
+ABLATE = Settings(method="ablate", budget=Budget(0.2))
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +194,35 @@ def test_a_budget_that_cannot_be_met(model: Net) -> None:
         Settings(method="prob")
 
 
+def test_a_held_out_loss_that_is_not_finite_is_refused(model: Net) -> None:
+    """Before anything is decided: no matmul was yet run in FP4. By the same words as a batch to measure on."""
+    held_out = batches(2, 2)
+    held_out[1][0][:] = math.nan
+    counted = Counted()
+    with pytest.raises(DataError, match="the loss of held-out batch 1 is nan; it must be finite in high precision"):
+        analyze(model, batches(2, 1), counted, held_out, ABLATE)
+    assert counted.calls == 2 + 2 + 2
+    with pytest.raises(DataError, match="the loss of batch 1 is nan; it must be finite in high precision"):
+        analyze(model, held_out, loss, batches(2, 1))
+
+
+def test_a_held_out_loss_that_only_fp4_spoils_is_found(model: Net) -> None:
+    """It is no bad input: the plans that do so are shown as what they are."""
+    held_out = batches(2, 2)
+    exact = {id(batch[0]): model(batch[0]).detach() for batch in held_out}
+
+    def brittle(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        found = loss(model, batch)
+        expected = exact.get(id(batch[0]))
+        return (
+            found if expected is None else torch.where((model(batch[0]) - expected).abs().max() < 1e-4, found, math.nan)
+        )
+
+    found = analyze(model, batches(2, 1), brittle, held_out, Settings(budget=Budget(0.2), pairs=False))
+    assert found.plan.measured is not None and all(map(math.isnan, found.plan.measured))
+    assert "its loss was not finite" in report.verdict(found)
+
+
 def test_batches_are_shared_out(model: Net) -> None:
     """A task's own held-out batches, or those that come next; half of them where there are few."""
     all_of_them = list(range(7))
@@ -210,6 +243,14 @@ def task():
     return Net(), batches(4, 1), loss
 def few():
     return Net(), batches(1, 1), loss
+def spoiled(number):
+    found = batches(4, 1)
+    found[number][0][:] = float("nan")
+    return Net(), found, loss
+def spoiled_measured():
+    return spoiled(1)
+def spoiled_held_out():
+    return spoiled(3)
 """
 
 
@@ -259,3 +300,13 @@ def test_what_a_user_can_get_wrong(task: str, arguments: tuple[str, ...], words:
     found = run(*(argument.format(task=task) for argument in arguments))
     assert found.exit_code == USER_ERROR
     assert words in found.output and len(found.output.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("measured", "loss of batch 1 is nan"), ("held_out", "held-out batch 1 is nan")]
+)
+def test_a_loss_that_is_not_finite(task: str, name: str, words: str, tmp_path: Path) -> None:
+    found = run(f"{task}:spoiled_{name}", "--batches", "2", "--out", str(tmp_path / "out"))
+    assert found.exit_code == USER_ERROR and not found.stdout
+    assert found.stderr.splitlines()[-1].startswith("error: the loss of ") and words in found.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["parts"]
