@@ -23,8 +23,9 @@ from nvfp4c.sensitivity import baselines, report
 from nvfp4c.sensitivity.ablation import Ablation, ablate, forward_matmuls
 from nvfp4c.sensitivity.analysis import Analysis, Candidate, PairTerms, Together
 from nvfp4c.sensitivity.budgets import PAPER_SHARE, Budget
-from nvfp4c.sensitivity.constraints import UNCONSTRAINED, Constraints
+from nvfp4c.sensitivity.constraints import UNCONSTRAINED, Constraints, choices
 from nvfp4c.sensitivity.measure import check_batches, everywhere, measure, provenance_of_data
+from nvfp4c.sensitivity.measurements import Measurements
 from nvfp4c.sensitivity.plans import to_plan
 from nvfp4c.sensitivity.problem import Problem
 from nvfp4c.sensitivity.runs import Runs
@@ -80,11 +81,12 @@ def analyze(
 
     held_out: batches that nothing is chosen by, for the verdict; without any, no plan is run. folder: where all that is
     measured is kept as it is found, so that an interrupted run goes on, and another one measures only what is new.
-    Raises DataError, BudgetError or OptionError, each saying what to do.
+    Raises DataError, BudgetError, PlanError or OptionError, each saying what to do, as soon as it can be known.
     """
     settings = settings or Settings()
     check_batches([*batches, *held_out])
     found = measure(model, batches, loss, settings.recipe, settings.seed, folder, watch)
+    check(found, settings)
     switched = SwitchedModel(model, everywhere(settings.recipe))
     runs = Runs(switched, batches, loss, folder, found.provenance)
     known = {**found.provenance, **provenance_of_data(held_out)}
@@ -126,6 +128,11 @@ def analyze(
         together=checked,
         pairs=pairs,
     )
+
+
+def check(found: Measurements, settings: Settings) -> None:
+    """Raise BudgetError or PlanError where no plan can be what is asked for, whatever the scores are."""
+    Problem(found, dict.fromkeys(choices(found), 0.0), settings.budget, settings.constraints).check()
 
 
 def rivals(problem: Problem, settings: Settings, roles: Collection[str] = ROLES) -> tuple[Candidate, ...]:

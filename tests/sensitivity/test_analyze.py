@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 
 from nvfp4c import plan as plans
 from nvfp4c.cli import USER_ERROR, app
-from nvfp4c.errors import BudgetError, DataError, OptionError
+from nvfp4c.errors import BudgetError, DataError, OptionError, PlanError
 from nvfp4c.sensitivity import report
 from nvfp4c.sensitivity.analysis import Analysis, Together
 from nvfp4c.sensitivity.analyze import Settings, analyze, data_of, plan_of
 from nvfp4c.sensitivity.budgets import Budget
+from nvfp4c.sensitivity.constraints import Constraints
 from nvfp4c.sensitivity.measure import everywhere
 from nvfp4c.sensitivity.score import GRADIENT_SHARE, Second, damped, gradient_errors, scores, second_order
 from nvfp4c.sensitivity.switched import SwitchedModel
@@ -29,6 +30,7 @@ from nvfp4c.tasks import Task
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
 ABLATE = Settings(method="ablate", budget=Budget(0.2))
+KEPT = Constraints(plans.from_rules({"blocks.0.*": "bf16"}, "--keep"))
 
 
 @pytest.fixture(scope="module")
@@ -186,10 +188,25 @@ def test_another_budget_needs_no_new_measurement(model: Net, tmp_path: Path) -> 
     assert first.scores == second.scores and first.chosen != second.chosen
 
 
-def test_a_budget_that_cannot_be_met(model: Net) -> None:
-    settings = Settings(budget=Budget(4.0, "bits"))
-    with pytest.raises(BudgetError, match=r"4\.5"):
-        analyze(model, batches(2, 1), loss, (), settings)
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        (replace(ABLATE, budget=Budget(4.0, "bits")), BudgetError, r"ask for 4\.5"),
+        (replace(ABLATE, constraints=Constraints(plans.from_rules({"haed": "bf16"}, "--keep"))), PlanError, "'head'"),
+        (Settings(budget=Budget(0.01), constraints=KEPT), BudgetError, "no plan leaves only 0.01"),
+    ],
+)
+def test_what_no_plan_can_be_is_refused_at_once(
+    model: Net, settings: Settings, error: type[Exception], words: str
+) -> None:
+    """After the probe: nothing is run in FP4, not even on held-out batches."""
+    counted = Counted()
+    with pytest.raises(error, match=words):
+        analyze(model, batches(2, 1), counted, batches(2, 2), settings)
+    assert counted.calls == 2
+
+
+def test_an_unknown_method() -> None:
     with pytest.raises(OptionError, match="unknown method 'prob'"):
         Settings(method="prob")
 
