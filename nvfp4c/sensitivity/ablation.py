@@ -13,11 +13,13 @@ from nvfp4c.watch import Watch, unwatched
 
 @dataclass(frozen=True)
 class Ablation:
-    """See `Analysis`."""
+    """See `Analysis`. cosine_of_everything: with all roles of all sites in FP4."""
 
     single: Scores = field(default_factory=dict)
     all_but: Scores = field(default_factory=dict)
     cosine: Scores = field(default_factory=dict)
+    cosine_all_but: Scores = field(default_factory=dict)
+    cosine_of_everything: float | None = None
 
 
 def ablate(found: Measurements, runs: Runs, watch: Watch = unwatched) -> Ablation:
@@ -26,7 +28,7 @@ def ablate(found: Measurements, runs: Runs, watch: Watch = unwatched) -> Ablatio
     forward = forward_matmuls(found)
     every = [(site.site, role) for site in found.sites for role in site.roles]
     steps = len(forward) + len(every)
-    single, all_but, cosine = {}, {}, {}
+    single, all_but, cosine, cosine_all_but = {}, {}, {}, {}
     for number, key in enumerate(forward):
         watch(what, number, steps)
         single[key] = fmean(runs.rises([key]))
@@ -34,8 +36,9 @@ def ablate(found: Measurements, runs: Runs, watch: Watch = unwatched) -> Ablatio
     for number, key in enumerate(every, len(forward)):
         watch(what, number, steps)
         cosine[key] = runs.cosine([key])
+        cosine_all_but[key] = runs.cosine(other for other in every if other != key)
     watch(what, steps, steps)
-    return Ablation(single, all_but, cosine)
+    return Ablation(single, all_but, cosine, cosine_all_but, runs.cosine(every))
 
 
 def forward_matmuls(found: Measurements) -> list[Key]:

@@ -79,8 +79,9 @@ class Analysis:
 
     budget_unit: what a budget is: "operations" (share of them in high precision), "bits" (mean bits of a weight), or
     "speed" (of a step, over all in high precision) on `target`. Where they were measured, of each one: single, the
-    rise of the loss with it alone in FP4; all_but, with everything but it; cosine, of the angle between the parameters'
-    gradients with it alone in FP4 and without. together: blocks run whole, to see whether scores add up. pairs: by how
+    rise of the loss with it alone in FP4; all_but, with every other forward matmul; cosine, of the angle between the
+    parameters' gradients with it alone in FP4 and without FP4; cosine_all_but, with every other role of any site in
+    FP4 and without. together: blocks run whole, to see whether scores add up. pairs: by how
     much the loss rises with both in FP4 beyond the sum of what it rises with each, where that was measured.
     """
 
@@ -93,6 +94,7 @@ class Analysis:
     single: Scores = field(default_factory=dict)
     all_but: Scores = field(default_factory=dict)
     cosine: Scores = field(default_factory=dict)
+    cosine_all_but: Scores = field(default_factory=dict)
     together: tuple[Together, ...] = ()
     pairs: PairTerms = field(default_factory=dict)
 
@@ -112,6 +114,7 @@ class Analysis:
             "single": nested(self.single),
             "all_but": nested(self.all_but),
             "cosine": nested(self.cosine),
+            "cosine_all_but": nested(self.cosine_all_but),
             "together": [{**asdict(one), "adds_up": one.adds_up} for one in self.together],
             "pairs": [{"pair": pair, "rise": rise} for pair, rise in self.pairs.items()],
             "candidates": [asdict(candidate) for candidate in self.candidates],

@@ -97,7 +97,11 @@ def analyze(
     everything = fmean(runs.rises(forward_matmuls(found)))
     more = {"method": settings.method, "held_out": len(held_out), "rise_with_everything_in_fp4": everything}
     found = replace(found, provenance={**found.provenance, **more})
-    ablation = ablate(found, runs, watch) if settings.method == "ablate" else Ablation()
+    ablation = Ablation()
+    if settings.method == "ablate":
+        ablation = ablate(found, runs, watch)
+        angle = {"cosine_with_everything_in_fp4": ablation.cosine_of_everything}
+        found = replace(found, provenance={**found.provenance, **angle})
     scored = {**scores(found, everything), **ablation.single}
     checked: tuple[Together, ...] = ()
     pairs: PairTerms = {}
@@ -125,6 +129,7 @@ def analyze(
         single=ablation.single,
         all_but=ablation.all_but,
         cosine=ablation.cosine,
+        cosine_all_but=ablation.cosine_all_but,
         together=checked,
         pairs=pairs,
     )

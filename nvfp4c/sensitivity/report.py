@@ -161,6 +161,7 @@ def _matmul(place: int, role: RoleMeasure, analysis: Analysis, key: Key, total: 
         "single": analysis.single.get(key),
         "saves": _saves(analysis, key),
         "angle": _angle(analysis.cosine.get(key)),
+        "angle_saved": _angle_saved(analysis, key),
         "snr": role.snr_db,
         "error": role.relative_error,
         "bias": role.bias,
@@ -180,9 +181,16 @@ def _saves(analysis: Analysis, key: Key) -> float | None:
     return everything - analysis.all_but[key] if key in analysis.all_but and everything is not None else None
 
 
+def _angle_saved(analysis: Analysis, key: Key) -> float | None:
+    """How much less the gradient turns with everything in FP4 but this matmul, than with everything. In degrees."""
+    everything = _angle(analysis.measurements.provenance.get("cosine_with_everything_in_fp4"))
+    but_it = _angle(analysis.cosine_all_but.get(key))
+    return None if everything is None or but_it is None else everything - but_it
+
+
 def _angle(cosine: float | None) -> float | None:
     """In degrees. Sums of equal numbers may give a cosine just above 1."""
-    return None if cosine is None else math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
+    return None if cosine is None or math.isnan(cosine) else math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
 
 
 def _operand(operand: OperandMeasure) -> dict[str, Any]:

@@ -12,6 +12,7 @@ const COLUMNS = [
   { title: "alone", unit: "loss units", value: matmul => matmul.single, ablation: true },
   { title: "saves", unit: "loss units", value: matmul => matmul.saves, ablation: true },
   { title: "angle", unit: "degrees", value: matmul => matmul.angle, ablation: true },
+  { title: "saves angle", unit: "degrees", value: matmul => matmul.angle_saved, ablation: true },
   { title: "share", unit: "%", value: matmul => matmul.share, scale: 100 },
   { title: "SNR", unit: "dB", value: matmul => matmul.snr },
   { title: "relative error", unit: "%", value: matmul => matmul.error, scale: 100 },
@@ -104,6 +105,7 @@ function matmulWords(matmul) {
   if (known(matmul.single)) sentences.push(`Measured with this matmul alone in FP4: ${number(matmul.single, "loss units")}.`);
   if (known(matmul.saves)) sentences.push(`With everything in FP4 but this matmul the loss rises by ${number(matmul.saves, "loss units")} less than with everything.`);
   if (known(matmul.angle)) sentences.push(`With this matmul alone in FP4 the gradient of all parameters turns by ${number(matmul.angle, "degrees")}.`);
+  if (known(matmul.angle_saved)) sentences.push(`With everything in FP4 but this matmul it turns by ${number(matmul.angle_saved, "degrees")} less than with everything.`);
   if (known(matmul.first)) {
     const error = known(matmul.first_error) ? ` ± ${number(matmul.first_error)}` : "";
     sentences.push(`Change of the loss to first order: ${number(matmul.first)}${error} loss units${error && " (mean and its standard error)"}.`);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import pytest
 import torch
 from small import Counted, Net, batches, loss
 from torch import Tensor
+from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from nvfp4c import plan as plans
 from nvfp4c.cli import USER_ERROR, app
 from nvfp4c.errors import BudgetError, DataError, OptionError, PlanError
 from nvfp4c.sensitivity import report
-from nvfp4c.sensitivity.analysis import Analysis, Together
+from nvfp4c.sensitivity.analysis import Analysis, Key, Together
 from nvfp4c.sensitivity.analyze import Settings, analyze, data_of, plan_of
 from nvfp4c.sensitivity.budgets import Budget
 from nvfp4c.sensitivity.constraints import Constraints
@@ -173,8 +175,20 @@ def test_ablation_measures_one_at_a_time(model: Net) -> None:
         others = [other for other in found.single if other != key]
         losses = switched.losses(others, data, loss)
         assert found.all_but[key] == pytest.approx(sum(losses) / 2 - sum(plain) / 2, abs=1e-7)
-    assert set(found.cosine) == set(found.scores)
-    assert all(0.9 < cosine < 1 for cosine in found.cosine.values())
+    assert set(found.cosine) == set(found.cosine_all_but) == set(found.scores)
+    exact = switched.gradient((), data[0], loss)
+
+    def cosine(fp4: Iterable[Key]) -> Any:
+        return pytest.approx(float(F.cosine_similarity(switched.gradient(fp4, data[0], loss), exact, dim=0)), abs=1e-6)
+
+    everything = found.measurements.provenance["cosine_with_everything_in_fp4"]
+    assert everything == cosine(found.scores)
+    for key in (("blocks.2.up", "fprop"), ("blocks.2.up", "wgrad"), ("head", "dgrad")):
+        assert found.cosine[key] == cosine([key])
+        assert found.cosine_all_but[key] == cosine(set(found.scores) - {key})
+    assert all(everything < alone < 1 for alone in found.cosine.values())
+    assert all(abs(but_it - everything) < 1 - everything for but_it in found.cosine_all_but.values())
+    assert found.to_dict()["cosine_all_but"]["head"]["dgrad"] == found.cosine_all_but["head", "dgrad"]
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(plan.measured is None for plan in found.candidates)
 

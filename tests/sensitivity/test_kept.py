@@ -29,7 +29,7 @@ BEFORE = 2 + 2 + 2
 """Calls of the loss on two batches before anything is ablated: the probe's, in high precision, everything in FP4."""
 
 ALONE = 2 * 2 * FORWARD
-GRADIENTS = 1 + ROLES
+GRADIENTS = 1 + 2 * ROLES + 1
 CHECKED = 2 * BLOCKS
 
 
@@ -65,7 +65,7 @@ def test_another_budget_runs_nothing_but_its_plans(whole: Analysis, tmp_path: Pa
     second = run(loss, tmp_path, replace(ABLATE, budget=Budget(0.5)))
     new = plans_of(second) - plans_of(first)
     assert new and loss.calls - before == 2 * len(new)
-    for name in ("scores", "single", "all_but", "cosine", "together"):
+    for name in ("scores", "single", "all_but", "cosine", "cosine_all_but", "together"):
         assert getattr(second, name) == getattr(first, name)
     before = loss.calls
     assert run(loss, tmp_path) == first

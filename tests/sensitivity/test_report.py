@@ -184,17 +184,21 @@ def test_an_analysis_without_its_plan_is_refused(analysis, tmp_path):
 def test_what_an_ablation_measured(analysis):
     """Nothing of it where there was none; a gradient that points the other way turned by 180 degrees."""
     keys = list(analysis.scores)
-    provenance = {**analysis.measurements.provenance, "rise_with_everything_in_fp4": 0.5}
+    everything = {"rise_with_everything_in_fp4": 0.5, "cosine_with_everything_in_fp4": 0.0}
+    provenance = {**analysis.measurements.provenance, **everything}
     ablated = replace(
         analysis,
         measurements=replace(analysis.measurements, provenance=provenance),
         all_but={keys[0]: 0.375},
-        cosine={keys[0]: 0.5, keys[1]: 1.0 + 1e-7, keys[2]: -1.0},
+        cosine={keys[0]: 0.5, keys[1]: 1.0 + 1e-7, keys[2]: -1.0, keys[3]: math.nan},
+        cosine_all_but={keys[0]: 0.5, keys[1]: -0.5},
     )
     found = report.page_data(ablated)["matmuls"]
     assert [one["saves"] for one in found[:2]] == [0.125, None]
     assert [one["angle"] for one in found[:4]] == [pytest.approx(60), 0, 180, None]
-    assert all(one["saves"] is None and one["angle"] is None for one in report.page_data(analysis)["matmuls"])
+    assert [one["angle_saved"] for one in found[:3]] == [pytest.approx(30), pytest.approx(-30), None]
+    names = ("saves", "angle", "angle_saved")
+    assert all(one[name] is None for one in report.page_data(analysis)["matmuls"] for name in names)
 
 
 def test_json_has_null_for_what_is_not_finite(analysis):
