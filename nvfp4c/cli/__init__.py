@@ -23,13 +23,14 @@ INTERRUPTED = 130
 
 
 class Commands(TyperGroup):
-    """All commands, with the errors that users can cause turned into one line and an exit code."""
+    """All commands, with the errors that users can cause turned into one line and an exit code.
+    A command that was interrupted says how to go on as the argument of its KeyboardInterrupt."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+        except KeyboardInterrupt as stopped:
+            print(": ".join(("interrupted", *map(str, stopped.args))), file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             reason = user_error(error)

@@ -105,11 +105,13 @@ def sensitivity(
         seed=seed,
         pairs=pairs,
     )
-    loaded = _task(
-        task, hf, {"text": text, "batch-size": batch_size, "length": length, "device": device}, batches, seed
-    )
-    with progress() as watch:
-        analysis = analyze_task(loaded, settings, batches, out, watch)
+    beside_hf = {"text": text, "batch-size": batch_size, "length": length, "device": device}
+    loaded = _task(task, hf, beside_hf, batches, seed)
+    try:
+        with progress() as watch:
+            analysis = analyze_task(loaded, settings, batches, out, watch)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(going_on(out)) from None
     if as_json:
         print(json.dumps(analysis.to_dict()))
         return
@@ -120,6 +122,13 @@ def sensitivity(
         console.print(line, highlight=False)
     if out is not None:
         console.print(f"Written: {out}/plan.json, sensitivity.json, report.html", highlight=False, soft_wrap=True)
+
+
+def going_on(out: Path | None) -> str:
+    """What to do after an interruption."""
+    if out is None:
+        return "nothing was kept; with --out FOLDER the same command goes on where it was interrupted"
+    return f"what was measured is kept in {out / 'parts'}; the same command goes on from there"
 
 
 def _task(task: str | None, hf: Path | None, beside_hf: Mapping[str, Any], batches: int, seed: int) -> Task:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from nvfp4c import plan as plans
-from nvfp4c.cli import USER_ERROR, app
+from nvfp4c.cli import INTERRUPTED, USER_ERROR, app
 from nvfp4c.errors import BudgetError, DataError, OptionError, PlanError
 from nvfp4c.sensitivity import report
 from nvfp4c.sensitivity.analysis import Analysis, Key, Together
@@ -266,10 +266,10 @@ def test_batches_are_shared_out(model: Net) -> None:
 
 TASK = """
 import sys
+import torch
 sys.path.insert(0, {folder!r})
 from small import Counted, Net, batches, loss
 def task():
-    import torch
     torch.manual_seed(0)
     return Net(), batches(4, 1), loss
 def few():
@@ -282,6 +282,9 @@ def spoiled_measured():
     return spoiled(1)
 def spoiled_held_out():
     return spoiled(3)
+def interrupted():
+    torch.manual_seed(0)
+    return Net(), batches(4, 1), Counted(stop=15)
 """
 
 
@@ -341,3 +344,28 @@ def test_a_loss_that_is_not_finite(task: str, name: str, words: str, tmp_path: P
     assert found.exit_code == USER_ERROR and not found.stdout
     assert found.stderr.splitlines()[-1].startswith("error: the loss of ") and words in found.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["parts"]
+
+
+@pytest.mark.parametrize("method", ["probe", "ablate"])
+def test_ctrl_c_says_how_to_go_on(task: str, tmp_path: Path, method: str) -> None:
+    """What was found is there, whole; nothing else is. The next run finds what it would have found."""
+    out, arguments = tmp_path / "out", ("--batches", "2", "--method", method)
+    found = run(f"{task}:interrupted", *arguments, "--out", str(out))
+    assert found.exit_code == INTERRUPTED and not found.stdout
+    assert found.stderr.splitlines()[-1] == (
+        f"interrupted: what was measured is kept in {out / 'parts'}; the same command goes on from there"
+    )
+    assert [path.name for path in out.iterdir()] == ["parts"]
+    kept = {path: path.read_text() for path in (out / "parts").iterdir()}
+    assert len(kept) == 2 + 6 and all(json.loads(text) and path.suffix == ".json" for path, text in kept.items())
+    assert run(f"{task}:task", *arguments, "--out", str(out)).exit_code == 0
+    assert all(path.read_text() == text for path, text in kept.items())
+    assert run(f"{task}:task", *arguments, "--out", str(tmp_path / "whole")).exit_code == 0
+    for name in ("plan.json", "sensitivity.json"):
+        assert (out / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def test_ctrl_c_where_nothing_is_kept(task: str) -> None:
+    found = run(f"{task}:interrupted", "--batches", "2")
+    assert found.exit_code == INTERRUPTED
+    assert found.stderr.splitlines()[-1].startswith("interrupted: nothing was kept; with --out FOLDER")
