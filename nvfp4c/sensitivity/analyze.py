@@ -95,6 +95,11 @@ def analyze(
     if held_out:
         unseen.check()
     everything = fmean(runs.rises(forward_matmuls(found)))
+    if not math.isfinite(everything):
+        raise DataError(
+            f"with every forward matmul in FP4 the loss rises by {everything}, so costs cannot be weighed; look at "
+            "what the loss does with large numbers, and use BF16 or FP32 in place of FP16"
+        )
     more = {"method": settings.method, "held_out": len(held_out), "rise_with_everything_in_fp4": everything}
     found = replace(found, provenance={**found.provenance, **more})
     ablation = Ablation()

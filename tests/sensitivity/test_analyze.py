@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from small import Counted, Net, batches, loss
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
@@ -297,6 +297,21 @@ def task(tmp_path: Path) -> str:
 
 def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["sensitivity", *arguments], env={"COLUMNS": "120"})
+
+
+def test_a_loss_that_only_fp4_spoils() -> None:
+    """Nothing can be weighed by it, and nothing more is run."""
+    torch.manual_seed(0)
+    layers, calls = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 8)), []
+
+    def loss(model: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        calls.append(batch)
+        found, exact = model(batch), layers(batch)
+        return found.square().mean() + torch.log(1e-3 - (found - exact).abs().amax())
+
+    with pytest.raises(DataError, match="with every forward matmul in FP4 the loss rises by nan"):
+        analyze(layers, [torch.randn(16, 32)], loss, settings=Settings(method="ablate"))
+    assert len(calls) == 3, "the probe, the plain loss, everything in FP4"
 
 
 def test_the_command(task: str, tmp_path: Path) -> None:
