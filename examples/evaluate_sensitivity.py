@@ -27,7 +27,7 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from nvfp4c.bench.record import Record, about, save
-from nvfp4c.cli.bench import progress
+from nvfp4c.cli.progress import progress
 from nvfp4c.sensitivity.ablation import forward_matmuls
 from nvfp4c.sensitivity.analysis import Candidate, Key
 from nvfp4c.sensitivity.analyze import Loss, Settings, rivals, verified

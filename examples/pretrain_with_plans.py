@@ -22,7 +22,7 @@ from typing import Any
 
 from nvfp4c import recipe as recipes
 from nvfp4c.bench.record import Record, about, save
-from nvfp4c.cli.bench import progress
+from nvfp4c.cli.progress import progress
 from nvfp4c.errors import DataError, Nvfp4Error
 from nvfp4c.plan import PrecisionPlan, from_rules
 from nvfp4c.quickstart import data

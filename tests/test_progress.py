@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from nvfp4c.cli.bench import progress
+from nvfp4c.cli.progress import progress
 
 
 class Clock:
@@ -31,7 +31,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, terminal: bool, work: Callable[[Clock
         assert stderr
         return Console(file=file, force_terminal=terminal, width=120, get_time=clock)
 
-    monkeypatch.setattr(sys.modules["nvfp4c.cli.bench"], "Console", console)
+    monkeypatch.setattr(sys.modules["nvfp4c.cli.progress"], "Console", console)
     with progress() as watch:
         work(clock, watch)
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
+from nvfp4c.cli.progress import progress
 from nvfp4c.errors import OptionError
 
 if TYPE_CHECKING:
@@ -30,13 +21,9 @@ if TYPE_CHECKING:
     from nvfp4c.bench.probe import ProbeResult
     from nvfp4c.bench.record import Record
     from nvfp4c.bench.step_regions import Measured
-    from nvfp4c.bench.timing import Watch
     from nvfp4c.bench.train import TrainResult
 
 DEFAULT_SIZE = {"cpu": "small", "cuda": "large"}
-
-PACE = 600.0
-"""Seconds over whose parts the time left is estimated. rich's 30 would never show any where a part takes longer."""
 
 bench = typer.Typer(no_args_is_help=True, help="Measure kernels and training steps on this machine.")
 
@@ -244,35 +231,6 @@ def probe(
         result.to_dict(),
     )
     _tell(record, [probe_table(result, loaded.name)], as_json, out)
-
-
-@contextmanager
-def progress() -> Iterator[Watch]:
-    """A bar on standard error for what is being done, with the time that it took and, from its second part on, the time
-    left; where that is no terminal, a line for each new thing."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    terminal = console.is_terminal
-    with Progress(*columns, console=console, disable=not terminal, transient=True, speed_estimate_period=PACE) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def watch(what: str, done: int, of: int) -> None:
-            if what not in tasks:
-                for finished in tasks.values():
-                    bars.update(finished, visible=False)
-                tasks[what] = bars.add_task(what, total=of)
-                if not terminal:
-                    console.print(what, highlight=False, soft_wrap=True)
-            bars.update(tasks[what], completed=done)
-
-        yield watch
 
 
 def kernel_table(result: ShapeResult) -> Table:

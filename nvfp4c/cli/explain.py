@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from nvfp4c.cli.bench import progress
+from nvfp4c.cli.progress import progress
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nvfp4c.cli.bench import progress
+from nvfp4c.cli.progress import progress
 from nvfp4c.errors import OptionError
 
 if TYPE_CHECKING:
