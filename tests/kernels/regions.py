@@ -51,6 +51,14 @@ def bits(x: Tensor) -> Tensor:
     return x.view({2: torch.int16, 4: torch.int32}[x.element_size()])
 
 
+def value_bits(x: Tensor) -> Tensor:
+    """x's bits on the CPU; zeros without a sign."""
+    x = x.cpu()
+    if x.dtype in (torch.uint8, torch.float8_e4m3fn):
+        return x.view(torch.uint8)
+    return (x + 0.0).view({2: torch.int16, 4: torch.int32}[x.element_size()])
+
+
 def same(output: Output, found: Tensor, expected: Tensor) -> bool:
     """Whether a tensor of an output is the reference's, and contiguous. A zero of an operand may lack its sign."""
     if output.form is Form.OPERAND:

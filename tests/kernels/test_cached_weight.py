@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from interpreter import needs_loops
+from regions import value_bits
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -74,14 +75,6 @@ def parameter(device: torch.device, *shape: int, dtype: torch.dtype = torch.floa
     return nn.Parameter(torch.randn(shape or (40, 50)).to(device, dtype))
 
 
-def bits(x: Tensor) -> Tensor:
-    """x's bits on the CPU; zeros without a sign."""
-    x = x.cpu()
-    if x.dtype in (torch.uint8, torch.float8_e4m3fn):
-        return x.view(torch.uint8)
-    return (x + 0.0).view({2: torch.int16, 4: torch.int32}[x.element_size()])
-
-
 def check(w: Tensor, dtype: torch.dtype = torch.bfloat16, text: str = TEXT, sure: bool = False) -> list[Tensor]:
     """The operation's results, which are the reference's on what w holds now."""
     found = WEIGHT(w, dtype, text, sure)
@@ -89,7 +82,7 @@ def check(w: Tensor, dtype: torch.dtype = torch.bfloat16, text: str = TEXT, sure
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert one.is_contiguous() and one.shape == other.shape and one.dtype == other.dtype
-        assert torch.equal(bits(one), bits(other))
+        assert torch.equal(value_bits(one), value_bits(other))
     return found
 
 
@@ -246,7 +239,7 @@ def test_from_another_thread(device: torch.device, cache: WeightCache) -> None:
     thread.start()
     thread.join()
     assert cache.info().hits == 1
-    assert all(torch.equal(bits(one), bits(other)) for one, other in zip(first, found[0], strict=True))
+    assert all(torch.equal(value_bits(one), value_bits(other)) for one, other in zip(first, found[0], strict=True))
 
 
 def test_opcheck(device: torch.device) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from interpreter import LOOPS_RUN, needs_loops
+from regions import value_bits
 from torch import Tensor, fx, nn
 
 from nvfp4c import backend, dialect, numerics, pipeline
@@ -62,14 +63,6 @@ def native(device: torch.device) -> dialect.KernelTable:
     return targets.kernel_table(here if here is not None and here.native_fp4 else TARGETS["sm_100"])
 
 
-def bits(x: Tensor) -> Tensor:
-    """x's bits on the CPU; zeros without a sign."""
-    x = x.cpu()
-    if x.dtype in (torch.uint8, torch.float8_e4m3fn):
-        return x.view(torch.uint8)
-    return (x + 0.0).view({2: torch.int16, 4: torch.int32}[x.element_size()])
-
-
 def check_region(
     region: Region, inputs: Sequence[Tensor], amaxes: Sequence[Tensor], seed: Tensor | None, found: list[Tensor]
 ) -> None:
@@ -77,7 +70,7 @@ def check_region(
     given, scales = [x.cpu() for x in inputs], [amax.cpu() for amax in amaxes]
     expected = evaluate(region, given, scales, None if seed is None else seed.cpu())
     for one, other in zip(found, expected, strict=True):
-        assert torch.equal(bits(one), bits(other)), region
+        assert torch.equal(value_bits(one), value_bits(other)), region
 
 
 def check_product(a: Tensor, b: Tensor, factor: float, terms: Sequence[Tensor | None], found: Tensor) -> None:
@@ -132,7 +125,7 @@ class BothWays(fx.Interpreter):
             self.folded += terms[1] is not None
         elif target is dialect.DEQUANTIZE:
             codes, scales, _, k, _ = args
-            assert torch.equal(bits(self._table.dequantize(codes, scales, k)), bits(expected))
+            assert torch.equal(value_bits(self._table.dequantize(codes, scales, k)), value_bits(expected))
         return expected
 
 
